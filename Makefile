@@ -1,0 +1,78 @@
+# Every target does its own set-up: a virtual environment in .venv, then the extras it needs.
+#
+#   PYTHON=python3.12   the interpreter to build .venv with (3.11 or newer)
+#   ARGS="..."          passed on to what `train`, `test` and `bench` run
+#   DEVICE=cuda         trains on a GPU
+#   BENCHMARKS="..."    the scripts that `bench` runs, instead of all of them
+
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMPS := .venv/.stamps
+BENCHMARKS ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint format bench docs clean distclean
+# Two pips in one environment would trip over each other.
+.NOTPARALLEL:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+train: $(STAMPS)/train ## train on Fashion-MNIST, e.g. make train ARGS="--recipe modern"
+	$(PY) examples/fashion_mnist.py $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+test: $(STAMPS)/test ## run all tests and doctests, e.g. make test ARGS="-k batch_norm"
+	$(PY) -m pytest $(ARGS)
+
+lint: $(STAMPS)/dev ## check style, formatting and types
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pyrefly check --python-interpreter-path $(PY)
+
+format: $(STAMPS)/dev ## format the code and apply the safe fixes
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+bench: $(STAMPS)/bench ## measure beside other libraries (installs PyTorch, which is large)
+	@for script in $(BENCHMARKS); do \
+	  echo "$(PY) $$script $(ARGS)"; \
+	  $(PY) "$$script" $(ARGS) || exit 1; \
+	done
+
+docs: $(STAMPS)/test ## run the examples in the documents, and say where these are
+	$(PY) -m pytest $(wildcard README.md docs)
+	@echo "The documents are README.md and docs/; every public name has a docstring."
+
+clean: ## remove caches and build products; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	rm -rf .venv
+
+# An editable install is bound to its folder, so the stamp names the folder: a tree that was moved or
+# copied gets a fresh set-up, and so does one whose interpreter is gone. A PYTHON named outright counts
+# where .venv was made with another version; the default leaves a .venv that works alone.
+ifneq ($(shell test -x $(PY) && cat $(STAMPS)/venv 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMPS)/venv
+else ifneq ($(origin PYTHON),file)
+ifneq ($(shell $(PY) -V 2>&1),$(shell "$(PYTHON)" -V 2>&1))
+.PHONY: $(STAMPS)/venv
+endif
+endif
+
+$(STAMPS)/venv:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "tinygrad_bn needs Python 3.11 or newer; $(PYTHON) -V says: $$("$(PYTHON)" -V 2>&1)" >&2; \
+	  echo "Name another interpreter, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@[ "$$($(PY) -V 2>&1)" = "$$("$(PYTHON)" -V 2>&1)" ] || rm -rf .venv
+	@echo "Making .venv with $$("$(PYTHON)" -V)"
+	@"$(PYTHON)" -m venv .venv
+	@rm -rf $(STAMPS) && mkdir $(STAMPS) && pwd -P > $@
+
+# One stamp for each extra, so that `make test` need not install what only `make bench` uses.
+$(STAMPS)/%: pyproject.toml $(STAMPS)/venv
+	@echo "Installing tinygrad_bn[$*] into .venv"
+	@$(PY) -m pip install --quiet --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@

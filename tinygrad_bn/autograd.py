@@ -1,0 +1,505 @@
+"""The tape and the walk back along it.
+
+Every op applied to a Tensor that requires grad leaves a `Node`: which op it was, the nodes or leaves
+its inputs came from, and the few arrays its derivative rule asked to keep. `backward` collects the
+nodes behind an output, visits them newest first (a node is always newer than its inputs, so this is
+a topological order and needs no recursion), and hands each node's cotangent to its rule.
+
+A rule is written once. In an ordinary backward pass it receives raw arrays; under
+`create_graph=True` it receives Tensors that are still attached to the graph, and what it computes is
+recorded in its turn: gradients of gradients need no code of their own.
+
+Nothing in this file knows the name of any op.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
+from operator import attrgetter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from tinygrad_bn.backend import ARRAY_TYPES, array_module, as_array, is_array, is_floating
+
+if TYPE_CHECKING:
+    from tinygrad_bn.op import Op
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_next_age = itertools.count().__next__
+
+
+class TensorBase:
+    """What the tape needs to know of a Tensor; `tensor.Tensor` adds the operators and methods.
+
+    data: the raw array.
+    requires_grad: whether gradients flow to it.
+    grad: its accumulated gradient (a Tensor) or None.
+    node: the `Node` or `Output` that made it; None for a leaf.
+    version: `[writes, recorded writes]`, one list shared by all views of one memory.
+    view_of: for a view, the number of recorded writes when it was taken; None otherwise.
+    """
+
+    __slots__ = ("__weakref__", "data", "grad", "node", "requires_grad", "version", "view_of")
+
+    #: The class of op results; `tensor.py` puts itself here, since this floor cannot import it.
+    tensor_class: ClassVar[type[TensorBase]]
+
+    data: Any
+    grad: Any
+    node: Node | Output | None
+    requires_grad: bool
+    version: list[int]
+    view_of: int | None
+
+
+def new_tensor(data: Any, node: Node | Output | None = None) -> Any:
+    """Return a Tensor around a proper array, made by `node`."""
+    tensor = _new(TensorBase.tensor_class)
+    tensor.data = data
+    tensor.requires_grad = node is not None
+    tensor.grad = None
+    tensor.node = node
+    tensor.version = [0, 0]
+    tensor.view_of = None
+    return tensor
+
+
+_new = object.__new__
+
+
+class Node:
+    """One recorded op.
+
+    parents: for each flat array input, where its cotangent goes: a Node, an Output or a leaf
+        Tensor, or None for an input that needs no gradient.
+    saved: for each of the op's rules, the values it asked for; None once freed.
+    guards: `(input index, version list, writes seen)` for every saved Tensor (-1: the output).
+    """
+
+    __slots__ = ("__weakref__", "age", "dtype", "guards", "op", "parents", "retained", "saved", "shape")
+
+    def __init__(self, op: Op, parents: tuple[Any, ...], shape: Any, dtype: Any):
+        self.op = op
+        self.parents = parents
+        self.saved: list[Any] | None = None
+        self.guards: list[tuple[int, list[int], int]] = []
+        self.shape = shape  # of the output; for several outputs the tuple of their shapes
+        self.dtype = dtype
+        self.retained: Any = None
+        self.age = _next_age()
+
+    def cotangents(self, g: Any, needs: Sequence[bool], as_tensors: bool) -> Sequence[Any]:
+        """Return one cotangent (or None) per flat input, given that of the output."""
+        if self.saved is None:
+            raise RuntimeError(
+                f"backward through {self.op.name!r} a second time: what it had saved was freed by "
+                f"the first pass; pass retain_graph=True to that one"
+            )
+        for index, version, seen in self.guards:
+            if version[0] != seen:
+                raise RuntimeError(
+                    f"backward through {self.op.name!r}: its {self.op.describe(index)} was changed "
+                    f"in place after the forward (version {version[0]}, saved at {seen}); "
+                    f"compute backward first, or write to a copy"
+                )
+        return self.op.pull_back(self, g, needs, as_tensors)
+
+    def free(self) -> None:
+        self.saved = None
+        self.guards = []
+
+
+class Output:
+    """One output of a Node that has several: it files its cotangent under its index."""
+
+    __slots__ = ("__weakref__", "age", "dtype", "index", "parents", "retained", "shape")
+
+    def __init__(self, node: Node, index: int):
+        self.parents = (node,)
+        self.index = index
+        self.shape = node.shape[index]
+        self.dtype = node.dtype[index]
+        self.retained: Any = None
+        self.age = _next_age()
+
+
+# --- grad mode -------------------------------------------------------------------------------
+
+_grad_enabled: ContextVar[bool] = ContextVar("tinygrad_bn_grad_enabled", default=True)
+
+
+def is_grad_enabled() -> bool:
+    """Return whether ops on Tensors that require grad are being recorded."""
+    return _grad_enabled.get()
+
+
+class _GradMode:
+    """Set grad mode for a `with` block, a decorated function or a decorated generator's steps.
+
+    The former value is restored by value, not by a context-variable token: a generator may be
+    closed in another context than it was opened in, where a token would be refused.
+    """
+
+    enabled: ClassVar[bool]
+
+    def __init__(self) -> None:
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self._before.append(_grad_enabled.get())
+        _grad_enabled.set(self.enabled)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _grad_enabled.set(self._before.pop())
+
+    def __call__(self, function: F) -> F:
+        mode = type(self)
+        if inspect.isgeneratorfunction(function):
+
+            @functools.wraps(function)
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                return _stepwise(mode, function(*args, **kwargs))
+
+        else:
+
+            @functools.wraps(function)
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                with mode():
+                    return function(*args, **kwargs)
+
+        return wrapper  # pyrefly: ignore
+
+
+def _stepwise(mode: type[_GradMode], generator: Any) -> Any:
+    """Run each step of `generator` under `mode`, and its caller's code between steps as it was."""
+    step, value = generator.send, None
+    while True:
+        try:
+            with mode():
+                result = step(value)
+        except StopIteration as stop:
+            return stop.value
+        try:
+            step, value = generator.send, (yield result)
+        except GeneratorExit:
+            with mode():
+                generator.close()
+            raise
+        except BaseException as error:
+            step, value = generator.throw, error
+
+
+class no_grad(_GradMode):  # noqa: N801  (a context manager, named as users know it)
+    """Return a context manager and decorator under which nothing is recorded.
+
+    >>> import tinygrad_bn as tg
+    >>> x = tg.tensor([1.0], requires_grad=True)
+    >>> with tg.no_grad():
+    ...     (x * 2).requires_grad
+    False
+    """
+
+    enabled = False
+
+
+class enable_grad(_GradMode):  # noqa: N801
+    """Return a context manager and decorator under which ops are recorded, also inside `no_grad`.
+
+    >>> import tinygrad_bn as tg
+    >>> x = tg.tensor([1.0], requires_grad=True)
+    >>> with tg.no_grad(), tg.enable_grad():
+    ...     (x * 2).requires_grad
+    True
+    """
+
+    enabled = True
+
+
+# --- the walk --------------------------------------------------------------------------------
+
+
+def backward(
+    output: TensorBase,
+    gradient: Any = None,
+    *,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+) -> None:
+    """Add d(output)/d(leaf) to `.grad` of every leaf behind `output`; see `Tensor.backward`."""
+    if not output.requires_grad:
+        raise RuntimeError(
+            "backward: this Tensor does not require grad, so nothing leads back from it; create "
+            "an input with requires_grad=True (and check that no_grad() is not active)"
+        )
+    seed = _seed("backward", output, gradient, create_graph)
+    roots = [(_place(output), seed)]
+    leaves: dict[int, tuple[Any, Any]] = {}
+    handed_out = {id(seed)}
+    _walk(roots, None, leaves, create_graph, create_graph if retain_graph is None else retain_graph)
+    for leaf, g in leaves.values():
+        if leaf.grad is None:
+            leaf.grad = _own(g, handed_out)
+        elif create_graph or leaf.grad.requires_grad:
+            leaf.grad = leaf.grad + g
+        else:
+            leaf.grad.data += g  # in place: .grad owns its memory
+            leaf.grad.version[0] += 1
+
+
+def grad(
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    *,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    allow_unused: bool = False,
+) -> tuple[Any, ...]:
+    """Return the gradients of the sum of `outputs` with respect to `inputs`, one Tensor each.
+
+    outputs, inputs: a Tensor or a sequence of them; inputs need not be leaves.
+    grad_outputs: cotangents, one per output with its shape; None (or an entry None) is 1 for an
+        output of one element.
+    retain_graph: keep what the graph saved, for another pass (default: as `create_graph`).
+    create_graph: return gradients that can be differentiated in their turn.
+    allow_unused: give None for an input that no output depends on, instead of raising.
+
+    `.grad` of no Tensor is touched.
+
+    >>> import tinygrad_bn as tg
+    >>> x = tg.tensor([2.0], requires_grad=True)
+    >>> (g,) = tg.grad(x ** 3, x, create_graph=True)
+    >>> (h,) = tg.grad(g, x)
+    >>> g.item(), h.item()
+    (12.0, 12.0)
+    """
+    outputs, inputs = _as_tuple(outputs), _as_tuple(inputs)
+    seeds = (None,) * len(outputs) if grad_outputs is None else _as_tuple(grad_outputs)
+    if len(seeds) != len(outputs):
+        raise ValueError(f"grad: {len(outputs)} outputs but {len(seeds)} grad_outputs")
+    for name, tensors in (("outputs", outputs), ("inputs", inputs)):
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, TensorBase):
+                raise TypeError(f"grad: {name}[{i}] is a {type(tensor).__name__}, expected a Tensor")
+            if not tensor.requires_grad:
+                raise RuntimeError(
+                    f"grad: {name}[{i}] does not require grad; call requires_grad_() on it before "
+                    f"the forward"
+                )
+    roots = [
+        (_place(output), _seed("grad", output, seed, create_graph))
+        for output, seed in zip(outputs, seeds, strict=True)
+    ]
+    handed_out = {id(seed) for _, seed in roots}
+    targets = {id(_place(tensor)): _place(tensor) for tensor in inputs}
+    found: dict[int, tuple[Any, Any]] = {}
+    _walk(roots, targets, found, create_graph, create_graph if retain_graph is None else retain_graph)
+    results = []
+    for i, tensor in enumerate(inputs):
+        entry = found.get(id(_place(tensor)))
+        if entry is None and not allow_unused:
+            raise RuntimeError(
+                f"grad: no output depends on inputs[{i}]; pass allow_unused=True to get None for it"
+            )
+        results.append(None if entry is None else _own(entry[1], handed_out))
+    return tuple(results)
+
+
+def _walk(
+    roots: list[tuple[Any, Any]],
+    targets: dict[int, Any] | None,
+    found: dict[int, tuple[Any, Any]],
+    create_graph: bool,
+    retain_graph: bool,
+) -> None:
+    """Carry the cotangents in `roots` back to the targets (None: to all leaves) and file them in
+    `found` under the target's id, as (target, cotangent)."""
+    order = _newest_first([place for place, _ in roots])
+    leading = set() if targets is None else _leading_to(order, targets)
+    pending: dict[int, Any] = {}  # id of a place -> the sum of the cotangents that reached it
+    for place, seed in roots:
+        _add(pending, place, seed, found, targets)
+    mode = enable_grad if create_graph else no_grad
+    with mode():
+        for node in order:
+            g = pending.pop(id(node), None)
+            if g is None:
+                continue
+            if node.retained is not None:
+                _retain(node, g)
+            if targets is None:
+                needs = [parent is not None for parent in node.parents]
+            else:
+                if id(node) in targets:
+                    found[id(node)] = (node, g)
+                needs = [id(parent) in leading for parent in node.parents]
+                if not any(needs):
+                    continue
+            if type(node) is Output:
+                (parent,) = node.parents
+                filed = pending.setdefault(id(parent), [None] * len(parent.shape))
+                filed[node.index] = g
+                continue
+            if type(g) is list:
+                g = _complete(node, g, create_graph)
+            for parent, h in zip(node.parents, node.cotangents(g, needs, create_graph), strict=True):
+                if h is not None:
+                    _add(pending, parent, h, found, targets)
+            if not retain_graph:
+                node.free()
+
+
+def _newest_first(places: list[Any]) -> list[Any]:
+    """Return every Node and Output reachable from `places`, each before all that it depends on."""
+    seen = {id(place): place for place in places if not isinstance(place, TensorBase)}
+    stack = list(seen.values())
+    while stack:
+        for parent in stack.pop().parents:
+            if parent is not None and id(parent) not in seen and not isinstance(parent, TensorBase):
+                seen[id(parent)] = parent
+                stack.append(parent)
+    return sorted(seen.values(), key=attrgetter("age"), reverse=True)
+
+
+def _leading_to(order: list[Any], targets: dict[int, Any]) -> set[int]:
+    """Return the ids of those in `order` from which a target can be reached."""
+    leading = set(targets)
+    for node in reversed(order):
+        if any(id(parent) in leading for parent in node.parents if parent is not None):
+            leading.add(id(node))
+    return leading
+
+
+def _add(pending: dict, place: Any, g: Any, found: dict, targets: dict | None) -> None:
+    """Add cotangent `g` to what has reached `place`, in the dtype of `place` and summed to its shape."""
+    leaf = isinstance(place, TensorBase)
+    shape, dtype = (place.data.shape, place.data.dtype) if leaf else (place.shape, place.dtype)
+    if g.shape != shape:
+        g = sum_to_shape(g, shape)
+    if g.dtype != dtype:
+        g = g.astype(dtype)
+    if leaf:
+        if targets is None or id(place) in targets:
+            before = found.get(id(place))
+            found[id(place)] = (place, g if before is None else before[1] + g)
+    else:
+        before = pending.get(id(place))
+        pending[id(place)] = g if before is None else before + g
+
+
+def sum_to_shape(g: Any, shape: tuple[int, ...]) -> Any:
+    """Return `g` (array or Tensor) summed over the axes along which `shape` was broadcast to it.
+
+    >>> import numpy
+    >>> sum_to_shape(numpy.ones((2, 3)), (3,))
+    array([2., 2., 2.])
+    """
+    extra = g.ndim - len(shape)
+    axes = tuple(range(extra)) + tuple(
+        i for i, size in enumerate(shape, extra) if size == 1 and g.shape[i] != 1
+    )
+    if axes:
+        g = g.sum(axis=axes, keepdims=True)
+    return g.reshape(shape)
+
+
+def _complete(node: Node, filed: list, create_graph: bool) -> tuple:
+    """Return the cotangents of all outputs of `node`, zeros for those that were not used."""
+    like = next(g for g in filed if g is not None)
+    xp = array_module(like.data if isinstance(like, TensorBase) else like)
+    zeros = (xp.zeros(shape, dtype) for shape, dtype in zip(node.shape, node.dtype, strict=True))
+    return tuple(
+        (new_tensor(zero) if create_graph else zero) if g is None else g
+        for g, zero in zip(filed, zeros, strict=True)
+    )
+
+
+def _seed(name: str, output: TensorBase, gradient: Any, create_graph: bool) -> Any:
+    """Return the cotangent to start from: raw, or a Tensor under `create_graph`."""
+    data = output.data
+    if gradient is None:
+        if data.size != 1:
+            raise RuntimeError(
+                f"{name}: the output has shape {data.shape}, and only one element has an implied "
+                f"gradient of 1; pass a gradient of that shape or reduce the output, for example "
+                f"with .sum()"
+            )
+        gradient = array_module(data).ones_like(data)
+    is_tensor = isinstance(gradient, TensorBase)
+    raw = gradient.data if is_tensor else gradient
+    if not is_array(raw):
+        raw = array_module(data).asarray(raw, dtype=data.dtype)
+    if raw.shape != data.shape:
+        raise ValueError(
+            f"{name}: the gradient has shape {raw.shape}, the output {data.shape}; they must be equal"
+        )
+    if not create_graph:
+        return raw
+    return gradient if is_tensor else new_tensor(as_array(raw))
+
+
+def _own(g: Any, handed_out: set[int]) -> Any:
+    """Return cotangent `g` as a Tensor whose memory nothing else uses.
+
+    A rule may pass its cotangent through or return a view of it, so `g` is copied unless it is
+    visibly its own array that was not handed out before.
+    """
+    if isinstance(g, TensorBase):
+        if id(g) in handed_out or getattr(g.data, "base", None) is not None:
+            g = g.copy()  # pyrefly: ignore
+        handed_out.add(id(g))
+        return g
+    if type(g) not in ARRAY_TYPES:
+        g = as_array(g)
+    if id(g) in handed_out or g.base is not None:
+        g = g.copy()
+    handed_out.add(id(g))
+    return new_tensor(g)
+
+
+def retain_grad(tensor: TensorBase) -> None:
+    """Have backward passes fill `.grad` of `tensor` too, although an op made it."""
+    if not tensor.requires_grad:
+        raise RuntimeError("retain_grad: this Tensor does not require grad, so it will receive none")
+    if tensor.node is not None:
+        tensor.node.retained = weakref.ref(tensor)
+
+
+def _retain(node: Any, g: Any) -> None:
+    tensor = node.retained()
+    if tensor is None:
+        return
+    g = g.copy()
+    g = g if isinstance(g, TensorBase) else new_tensor(as_array(g))
+    tensor.grad = g if tensor.grad is None else tensor.grad + g
+
+
+def _place(tensor: TensorBase) -> Any:
+    """Return where cotangents of `tensor` are gathered: its node, or the leaf itself."""
+    return tensor if tensor.node is None else tensor.node
+
+
+def _as_tuple(tensors: Any) -> tuple:
+    if isinstance(tensors, TensorBase) or is_array(tensors):
+        return (tensors,)
+    return tuple(tensors) if isinstance(tensors, Iterable) else (tensors,)
+
+
+def require_floating(name: str, dtype: Any) -> None:
+    """Raise TypeError unless Tensors of `dtype` can require grad."""
+    if not is_floating(dtype):
+        raise TypeError(
+            f"{name}: only floating Tensors can require grad, this one is {dtype}; convert it "
+            f"first, for example with .astype('float32')"
+        )

@@ -1,0 +1,144 @@
+"""Which array module serves which array: the seam where CuPy, or any NumPy-like library, comes in.
+
+An array type is known once a `Backend` for it is registered. The floors above never name an array
+library: they call `array_module(x)` and write `xp.exp(x)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = Any  # a raw array of any registered type
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the library must know of an array library.
+
+    name: as it appears in messages, `"numpy"`.
+    xp: the array module, with NumPy's function names.
+    array_type: the class of its arrays.
+    device_of: array -> device string.
+    from_numpy: (NumPy array, device string) -> array.
+    to_numpy: array -> NumPy array.
+    families: the kernel families that may serve its arrays, best first.
+    """
+
+    name: str
+    xp: Any
+    array_type: type
+    device_of: Callable[[Array], str]
+    from_numpy: Callable[[np.ndarray, str], Array]
+    to_numpy: Callable[[Array], np.ndarray]
+    families: tuple[str, ...] = ()
+
+
+#: Array type -> Backend. `type(x) in ARRAY_TYPES` is the fast test for a proper array.
+ARRAY_TYPES: dict[type, Backend] = {}
+
+
+def register_backend(backend: Backend) -> Backend:
+    """Return `backend` after making its array type known to every op."""
+    ARRAY_TYPES[backend.array_type] = backend
+    return backend
+
+
+numpy_backend = register_backend(
+    Backend(
+        name="numpy",
+        xp=np,
+        array_type=np.ndarray,
+        device_of=lambda array: "cpu",
+        from_numpy=lambda array, device: array,
+        to_numpy=lambda array: array,
+        families=("numba", "numpy"),
+    )
+)
+
+
+def is_array(value: object) -> bool:
+    """Return whether `value` is a raw array or a NumPy scalar (not a Python number)."""
+    return type(value) in ARRAY_TYPES or isinstance(value, (np.generic, *ARRAY_TYPES))
+
+
+def backend_of(*values: object) -> Backend:
+    """Return the backend of the first array among `values`; NumPy's if there is none."""
+    for value in values:
+        backend = ARRAY_TYPES.get(type(value))
+        if backend is not None:
+            return backend
+    for value in values:  # subclasses of a known array type, such as np.memmap; CuPy's first array
+        if type(value).__module__.partition(".")[0] == "cupy":
+            importlib.import_module("tinygrad_bn.backend.cuda").backend(None)
+        for array_type, backend in ARRAY_TYPES.items():
+            if isinstance(value, array_type):
+                return backend
+    return numpy_backend
+
+
+def array_module(*values: object) -> Any:
+    """Return the array module (`numpy`, `cupy`, ...) of the first array among `values`.
+
+    >>> import numpy
+    >>> array_module(numpy.ones(3)).__name__
+    'numpy'
+    """
+    backend = ARRAY_TYPES.get(type(values[0])) or backend_of(*values)
+    return backend.xp
+
+
+def as_array(value: object, *like: object) -> Array:
+    """Return `value` as a proper array of the backend of `like`.
+
+    NumPy reductions give scalars where CuPy gives 0-d arrays; ops normalise through this.
+    """
+    return backend_of(value, *like).xp.asarray(value)
+
+
+def same_memory(view: Array, of: Array) -> bool:
+    """Return whether `view` was taken from the memory of `of` (both from one backend)."""
+    base = getattr(view, "base", None)
+    return view is of or (base is not None and (base is of or base is getattr(of, "base", None)))
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """Return a raw array of any backend as a NumPy array: shared on the CPU, copied from a GPU."""
+    return backend_of(array).to_numpy(array)
+
+
+def from_python(data: Any, dtype: Any) -> np.ndarray:
+    """Return numbers and nested lists of them as a NumPy array, in which Python floats are float32.
+
+    NumPy scalars and arrays inside the lists keep their precision.
+    """
+    array = np.asarray(data, dtype=dtype)
+    if array.dtype == object:
+        raise TypeError(
+            f"Tensor: cannot make an array of numbers from {type(data).__name__} {data!r:.80}; "
+            f"expected numbers, or lists of equal length of them"
+        )
+    if dtype is None and array.dtype == np.float64 and not _has_numpy_values(data):
+        return array.astype(np.float32)
+    return array
+
+
+def _has_numpy_values(data: Any) -> bool:
+    # np.float64 is a Python float too: NumPy must be asked for first.
+    if isinstance(data, (list, tuple)):
+        return any(map(_has_numpy_values, data))
+    return isinstance(data, (np.generic, np.ndarray))
+
+
+def converted(array: np.ndarray, dtype: Any, copy: bool | None) -> np.ndarray:
+    """Return what NumPy's `__array__` protocol asks for."""
+    return np.array(array, dtype=dtype, copy=copy)
+
+
+def array_repr(array: Array, prefix: str) -> str:
+    """Return the entries of a raw array as text, its lines aligned behind `prefix`."""
+    return np.array2string(to_numpy(array), separator=", ", prefix=prefix)

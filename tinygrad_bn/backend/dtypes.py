@@ -1,0 +1,60 @@
+"""Questions about dtypes, so that the floors above need not import NumPy."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+float32 = np.dtype(np.float32)
+float64 = np.dtype(np.float64)
+int64 = np.dtype(np.int64)
+
+
+@lru_cache(maxsize=256)
+def as_dtype(dtype: Any) -> np.dtype:
+    """Return `dtype` (a name, a NumPy type or a dtype) as a dtype; TypeError if it is none.
+
+    `"bfloat16"` is understood where the package `ml_dtypes` is installed.
+    """
+    try:
+        return np.dtype(dtype)
+    except TypeError:
+        if dtype == "bfloat16":
+            return _bfloat16()
+        raise TypeError(
+            f"as_dtype: {dtype!r} names no dtype; use for example 'float32', 'float64' or 'int64'"
+        ) from None
+
+
+def _bfloat16() -> np.dtype:
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError as error:
+        raise TypeError("as_dtype: 'bfloat16' needs the package ml_dtypes: pip install ml_dtypes") from error
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+@lru_cache(maxsize=256)
+def is_floating(dtype: np.dtype) -> bool:
+    """Return whether `dtype` is a real floating type: the only ones that carry gradients."""
+    # ml_dtypes' bfloat16 reports kind 'V', so its kind alone does not tell.
+    return dtype.kind == "f" or dtype.name == "bfloat16"
+
+
+@lru_cache(maxsize=256)
+def accumulation_dtype(dtype: np.dtype) -> np.dtype:
+    """Return the dtype in which sums over `dtype` are kept: at least float64."""
+    return np.result_type(dtype, np.float64) if dtype.name != "bfloat16" else float64
+
+
+def machine_epsilon(dtype: np.dtype) -> float:
+    """Return the distance from 1 to the next larger number of `dtype`.
+
+    >>> machine_epsilon(float32)
+    1.1920928955078125e-07
+    """
+    if dtype.name == "bfloat16":
+        return 2.0**-7
+    return float(np.finfo(dtype).eps)

@@ -1,0 +1,315 @@
+"""An op: a forward on raw arrays, and beside it the rule of its derivative.
+
+    @op
+    def tanh(x): return array_module(x).tanh(x)
+
+    @tanh.def_vjp
+    def _(g, out): return (g * (1 - out * out),)
+
+A rule asks by parameter name for what it needs, and nothing else is kept alive:
+
+    g                  the cotangent of the output (a tuple of them for several outputs)
+    out                the output (likewise)
+    x, y, ...          inputs, by the forward's names; a variadic input is a tuple
+    x_shape, x_dtype   of an input, without keeping it
+    axis, ...          options: the forward's keyword-only parameters
+    mean, ...          residuals that the forward handed out beside its output with `saving`
+    needs              for each flat input, whether its cotangent is wanted
+
+It returns one cotangent or None per input; the engine sums broadcast axes back and casts to the
+input's dtype. Where inputs share no work, one rule per input is shorter and keeps less:
+
+    multiply.def_vjp(x=lambda g, y: g * y, y=lambda g, x: g * x)
+
+Under `create_graph` the same rule receives Tensors. Floating residuals are then None: they depend on
+the inputs, so the rule computes them again with ops (freezing them is the classic second-order bug).
+
+An op may name fused kernels: code for raw arrays that may answer instead of the forward or the rule,
+or decline with NotImplemented. The generic form is the definition.
+
+Nothing in this file knows the name of any op.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tinygrad_bn.autograd import Node, Output, TensorBase, is_grad_enabled, new_tensor
+from tinygrad_bn.backend import ARRAY_TYPES, as_array, is_floating, kernels, same_memory
+from tinygrad_bn.domain import Domain
+from tinygrad_bn.rule import Call, Rule
+
+_NOTHING: Mapping[str, Any] = {}
+
+#: Every op of the library and of its users, by name; table-driven tests walk it.
+REGISTRY: dict[str, Op] = {}
+
+
+class saving:  # noqa: N801  (reads as a word in `return saving(out, mean=mean)`)
+    """Return from a forward its output and, beside it, named residuals for the rule."""
+
+    __slots__ = ("out", "residuals")
+
+    def __init__(self, out: Any, **residuals: Any):
+        self.out = out
+        self.residuals = residuals
+
+
+def op(
+    forward: Callable | None = None,
+    *,
+    name: str | None = None,
+    domain: Domain | None = None,
+    view: bool = False,
+    differentiable: bool = True,
+) -> Any:
+    """Return the `Op` whose forward is the decorated function; register it.
+
+    forward: takes raw arrays positionally and options by keyword, returns an array, a tuple of
+        arrays, or either inside `saving(...)`.
+    domain: plain data that says on which inputs the op must be right and where its kinks are;
+        `testing` turns it into samples.
+    view: the output may share the first input's memory.
+    differentiable: False for ops such as comparisons, whose outputs never require grad.
+
+    >>> import tinygrad_bn as tg
+    >>> @tg.op
+    ... def cube(x): return x * x * x
+    >>> @cube.def_vjp
+    ... def _(g, x): return (3 * g * x * x,)
+    >>> x = tg.tensor([2.0], requires_grad=True)
+    >>> cube(x).backward(); x.grad.item()
+    12.0
+    """
+
+    def decorate(function: Callable) -> Op:
+        made = Op(function, name or function.__name__, domain, view, differentiable)
+        own = function.__module__.startswith("tinygrad_bn.")
+        REGISTRY[made.name if own else f"{function.__module__}.{made.name}"] = made
+        return made
+
+    return decorate if forward is None else decorate(forward)
+
+
+class Op:
+    """A differentiable function of arrays; see the module's docstring for the protocol."""
+
+    def __init__(
+        self,
+        forward: Callable,
+        name: str,
+        domain: Domain | None = None,
+        view: bool = False,
+        differentiable: bool = True,
+    ):
+        self.forward = forward
+        self.name = name
+        self.domain = domain
+        self.view = view
+        self.differentiable = differentiable
+        self.rules: tuple[Rule, ...] = ()
+        self.kernels: Mapping[str, str] = {}
+        self.__doc__ = forward.__doc__
+        self.__name__ = name
+        self.__module__ = forward.__module__
+        self.__wrapped__ = forward
+        kinds = inspect.Parameter
+        parameters = list(inspect.signature(forward).parameters.values())
+        self.inputs = tuple(p.name for p in parameters if p.kind is kinds.POSITIONAL_OR_KEYWORD)
+        self.variadic = next((p.name for p in parameters if p.kind is kinds.VAR_POSITIONAL), None)
+        self.defaults = {p.name: p.default for p in parameters if p.kind is kinds.KEYWORD_ONLY}
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}({', '.join(self.inputs)})>"
+
+    # --- declaring ---------------------------------------------------------------------------
+
+    def def_vjp(self, rule: Callable | None = None, **per_input: Callable) -> Any:
+        """Set the derivative: one rule for all inputs (as a decorator), or one per input by name.
+
+        Returns the rule it was given, so that it can be called and tested by itself.
+        """
+        if (rule is None) == (not per_input):
+            raise TypeError(f"{self.name}.def_vjp: give one rule, or rules by input name")
+        if rule is not None:
+            self.rules = (Rule(self, rule, None),)
+            return rule
+        unknown = set(per_input) - set(self.inputs)
+        if unknown:
+            raise TypeError(
+                f"{self.name}.def_vjp: {sorted(unknown)} are no inputs; it has {list(self.inputs)}"
+            )
+        self.rules = tuple(
+            Rule(self, rule, self.inputs.index(name)) for name, rule in per_input.items()
+        )
+        return self
+
+    def use_kernels(self, **families: str) -> None:
+        """Name the modules of fused kernels, by family; each has `forward` and may have `vjp`.
+
+        The modules are imported when first needed. `forward` takes what the op's forward takes,
+        `vjp` what its (joint) rule takes; either declines with NotImplemented.
+        """
+        self.kernels = families
+
+    # --- calling -----------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.call_with_residuals(*args, **options)[0]
+
+    def call_with_residuals(self, *args: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+        """Return the output and the residuals that the forward handed out beside it."""
+        if options and not self.defaults.keys() >= options.keys():
+            args, options = self._bind(args, options)
+        arrays = []
+        tensors = recording = False
+        for arg in args:
+            if isinstance(arg, TensorBase):
+                tensors = True
+                recording = recording or arg.requires_grad
+                arg = arg.data
+            arrays.append(arg)
+        out = self._run(arrays, options)
+        residuals: Mapping[str, Any] = _NOTHING
+        if type(out) is saving:
+            out, residuals = out.out, out.residuals
+        out = tuple(map(_proper, out)) if type(out) is tuple else _proper(out)
+        if not tensors:
+            return out, residuals
+        if recording and self.differentiable and is_grad_enabled():
+            return self.record(args, out, options, residuals), residuals
+        if type(out) is tuple:
+            return tuple(map(new_tensor, out)), residuals
+        return self._noting_view(new_tensor(out), args), residuals
+
+    def record(
+        self,
+        args: Sequence[Any],
+        out: Any,
+        options: Mapping[str, Any],
+        residuals: Mapping[str, Any] = _NOTHING,
+    ) -> Any:
+        """Return Tensor(s) around the raw `out` that remember how it was made from `args`."""
+        many = type(out) is tuple
+        if not is_floating(out[0].dtype if many else out.dtype):
+            return tuple(map(new_tensor, out)) if many else new_tensor(out)
+        if not self.rules:
+            raise RuntimeError(
+                f"{self.name}: it has no derivative rule, but an input requires grad; define one "
+                f"with @{self.name}.def_vjp, or call it on .detach()ed Tensors"
+            )
+        if len(args) < len(self.inputs):
+            args = (*args, *[None] * (len(self.inputs) - len(args)))
+        parents = tuple([self._parent(arg) for arg in args])
+        result: Any
+        if many:
+            node = Node(self, parents, tuple([o.shape for o in out]), tuple([o.dtype for o in out]))
+            result = tuple([new_tensor(o, Output(node, i)) for i, o in enumerate(out)])
+        else:
+            node = Node(self, parents, out.shape, out.dtype)
+            result = self._noting_view(new_tensor(out, node), args)
+        call = Call(node, args, options, result, residuals)
+        node.saved = [
+            rule.save(call) if rule.target is None or parents[rule.target] is not None else None
+            for rule in self.rules
+        ]
+        return result
+
+    def pull_back(
+        self, node: Node, g: Any, needs: Sequence[bool], as_tensors: bool
+    ) -> Sequence[Any]:
+        """Return the cotangents of the flat inputs of `node`: raw, or `as_tensors`."""
+        rule = self.rules[0]
+        all_saved = node.saved or ()
+        if rule.target is None:
+            (saved,) = all_saved
+            grads = None if as_tensors else self._run_vjp(rule, saved, g, needs)
+            if grads is None:
+                grads = rule.apply(node, saved, g, needs, as_tensors)
+            if type(grads) is not tuple or len(grads) != len(needs):
+                raise TypeError(
+                    f"{self.name}: its derivative rule must return a tuple of {len(needs)} "
+                    f"cotangents, one per array input, but returned {_described(grads)}"
+                )
+            return grads
+        grads = [None] * len(needs)
+        for rule, saved in zip(self.rules, all_saved, strict=True):
+            if needs[rule.target]:
+                grads[rule.target] = rule.apply(node, saved, g, needs, as_tensors)
+        return grads
+
+    def describe(self, index: int) -> str:
+        """Return what a message calls the flat input `index` (-1: the output)."""
+        if index < 0:
+            return "output"
+        return f"input {self.inputs[index]!r}" if index < len(self.inputs) else f"input {index}"
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _run(self, arrays: Sequence[Any], options: Mapping[str, Any]) -> Any:
+        """Return the raw result: of the first kernel that does not decline, or generic."""
+        if self.kernels:
+            for kernel in kernels.candidates(self.kernels, "forward", arrays):
+                out = kernel(*arrays, **options)
+                if out is not NotImplemented:
+                    return out
+        return self.forward(*arrays, **options)
+
+    def _run_vjp(self, rule: Rule, saved: list[Any], g: Any, needs: Sequence[bool]) -> Any:
+        """Return what the first kernel that does not decline makes of `g`, or None."""
+        if self.kernels:
+            for kernel in kernels.candidates(self.kernels, "vjp", (g,)):
+                grads = kernel(**rule.by_name(saved, g, needs))
+                if grads is not NotImplemented:
+                    return grads
+        return None
+
+    def _parent(self, arg: Any) -> Any:
+        """Return where the cotangent of `arg` goes: a node, a leaf, or None for nowhere."""
+        if not isinstance(arg, TensorBase):
+            return None
+        if arg.view_of is not None and arg.view_of != arg.version[1]:
+            raise RuntimeError(
+                f"{self.name}: an input is a view of memory that was since assigned values that "
+                f"require grad, of which the view knows nothing; take the view again, after the "
+                f"assignment"
+            )
+        if not arg.requires_grad:
+            return None
+        return arg if arg.node is None else arg.node
+
+    def _noting_view(self, result: Any, args: Sequence[Any]) -> Any:
+        """Return `result`, sharing the version of the first input if it shares its memory."""
+        if self.view:
+            source = args[0]
+            if isinstance(source, TensorBase) and same_memory(result.data, source.data):
+                result.version = source.version
+                result.view_of = source.version[1]
+        return result
+
+    def _bind(self, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Return the call with array inputs that were passed by name moved to their places."""
+        options = dict(options)
+        named = {name: options.pop(name) for name in self.inputs if name in options}
+        unknown = set(options) - set(self.defaults)
+        twice = [name for name in self.inputs[: len(args)] if name in named]
+        if unknown or twice:
+            raise TypeError(
+                f"{self.name}: unexpected {sorted(unknown) or twice}; it takes the arrays "
+                f"{list(self.inputs)} and the options {sorted(self.defaults)}"
+            )
+        last = max(map(self.inputs.index, named), default=-1)
+        return (*args, *(named.get(name) for name in self.inputs[len(args) : last + 1])), options
+
+
+def _proper(out: Any) -> Any:
+    """Return `out` as an array: NumPy's reductions give scalars where CuPy's give 0-d arrays."""
+    return out if type(out) in ARRAY_TYPES else as_array(out)
+
+
+def _described(grads: Any) -> str:
+    if type(grads) is tuple:
+        return f"{len(grads)}"
+    return f"a {type(grads).__name__} (a single cotangent is written `return (gx,)`)"

@@ -1,0 +1,86 @@
+"""Reading and writing parts of an array: `getitem`, and the two ops that put entries back.
+
+An index is anything NumPy accepts: integers, slices, None, Ellipsis, integer and boolean arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinygrad_bn.backend import array_module
+from tinygrad_bn.domain import Domain, Real, case
+from tinygrad_bn.op import op
+
+_INDICES: tuple[tuple[tuple[int, ...], Any, tuple[int, ...]], ...] = (
+    ((4, 3), (slice(1, 3),), (2, 3)),
+    ((4, 3), (2, slice(None, None, -1)), (3,)),
+    ((2, 3), (Ellipsis, None, 1), (2, 1)),
+    ((4, 3), ([0, 2, 2],), (3, 3)),
+    ((4, 3), ([0, 3, 0], [1, 1, 1]), (3,)),
+    ((2, 2), ([[True, False], [True, True]],), (3,)),
+)
+
+
+def is_basic(index: Any) -> bool:
+    """Return whether an index has only integers, slices, None and Ellipsis: no entry twice."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(
+        part is None or part is Ellipsis or isinstance(part, slice)
+        or (isinstance(part, int) and not isinstance(part, bool))
+        for part in parts
+    )
+
+
+@op(view=True, domain=Domain(cases=tuple(case(shape, index=i) for shape, i, _ in _INDICES)))
+def getitem(x: Any, *, index: Any) -> Any:
+    """Return x[index]: a view for a basic index, a copy for an advanced one."""
+    return x[index]
+
+
+getitem.def_vjp(x=lambda g, x_shape, index: scatter_add(g, index=index, shape=x_shape))
+
+
+@op(domain=Domain(cases=tuple(case(part, index=i, shape=shape) for shape, i, part in _INDICES)))
+def scatter_add(x: Any, *, index: Any, shape: tuple[int, ...]) -> Any:
+    """Return zeros of `shape` to whose entries at `index` x was added, repeated entries repeatedly.
+
+    It is the transpose of `getitem`, and `getitem` is its.
+    """
+    xp = array_module(x)
+    out = xp.zeros(shape, dtype=x.dtype)
+    if is_basic(index):
+        out[index] = x
+    else:
+        xp.add.at(out, index, x)
+    return out
+
+
+scatter_add.def_vjp(x=lambda g, index: g[index])
+
+
+@op(
+    domain=Domain(
+        (Real(), Real()),
+        (
+            case((4, 3), (2, 3), index=(slice(1, 3),)),
+            case((4, 3), (3,), index=(slice(1, 3),)),
+            case((4, 3), (), index=(0, 1)),
+            case((4, 3), (2, 3), index=([3, 0],)),
+        ),
+    )
+)
+def setitem(x: Any, value: Any, *, index: Any) -> Any:
+    """Return a copy of x with `value`, broadcast, at `index`.
+
+    If an integer-array index names an entry twice, which value it keeps is left open, as in NumPy,
+    and both receive its cotangent.
+    """
+    out = x.copy()
+    out[index] = value
+    return out
+
+
+setitem.def_vjp(
+    x=lambda g, index: setitem(g, 0, index=index),
+    value=lambda g, index: g[index],
+)
