@@ -78,8 +78,10 @@ class Node:
 
     parents: for each flat array input, where its cotangent goes: a Node, an Output or a leaf
         Tensor, or None for an input that needs no gradient.
-    saved: for each of the op's rules, the values it asked for; None once freed.
+    shape, dtype: of the output; tuples of them for several outputs.
+    saved: for each rule of the op, the values it asked for; None once freed.
     guards: `(input index, version list, writes seen)` for every saved Tensor (-1: the output).
+    retained: a weak reference to a Tensor that wants its gradient kept, or None.
     """
 
     __slots__ = ("__weakref__", "age", "dtype", "guards", "op", "parents", "retained", "saved", "shape")
@@ -87,15 +89,15 @@ class Node:
     def __init__(self, op: Op, parents: tuple[Any, ...], shape: Any, dtype: Any):
         self.op = op
         self.parents = parents
+        self.shape = shape
+        self.dtype = dtype
         self.saved: list[Any] | None = None
         self.guards: list[tuple[int, list[int], int]] = []
-        self.shape = shape  # of the output; for several outputs the tuple of their shapes
-        self.dtype = dtype
         self.retained: Any = None
         self.age = _next_age()
 
-    def cotangents(self, g: Any, needs: Sequence[bool], as_tensors: bool) -> Sequence[Any]:
-        """Return one cotangent (or None) per flat input, given that of the output."""
+    def check(self) -> None:
+        """Raise RuntimeError unless everything that was saved is there and unchanged."""
         if self.saved is None:
             raise RuntimeError(
                 f"backward through {self.op.name!r} a second time: what it had saved was freed by "
@@ -105,12 +107,11 @@ class Node:
             if version[0] != seen:
                 raise RuntimeError(
                     f"backward through {self.op.name!r}: its {self.op.describe(index)} was changed "
-                    f"in place after the forward (version {version[0]}, saved at {seen}); "
-                    f"compute backward first, or write to a copy"
+                    f"in place after the forward; call backward first, or write to a copy"
                 )
-        return self.op.pull_back(self, g, needs, as_tensors)
 
     def free(self) -> None:
+        """Let go of what was saved."""
         self.saved = None
         self.guards = []
 
@@ -244,10 +245,10 @@ def backward(
         )
     seed = _seed("backward", output, gradient, create_graph)
     roots = [(_place(output), seed)]
-    leaves: dict[int, tuple[Any, Any]] = {}
+    leaves: dict[Any, Any] = {}
     handed_out = {id(seed)}
     _walk(roots, None, leaves, create_graph, create_graph if retain_graph is None else retain_graph)
-    for leaf, g in leaves.values():
+    for leaf, g in leaves.items():
         if leaf.grad is None:
             leaf.grad = _own(g, handed_out)
         elif create_graph or leaf.grad.requires_grad:
@@ -302,100 +303,96 @@ def grad(
         for output, seed in zip(outputs, seeds, strict=True)
     ]
     handed_out = {id(seed) for _, seed in roots}
-    targets = {id(_place(tensor)): _place(tensor) for tensor in inputs}
-    found: dict[int, tuple[Any, Any]] = {}
+    targets = {_place(tensor) for tensor in inputs}
+    found: dict[Any, Any] = {}
     _walk(roots, targets, found, create_graph, create_graph if retain_graph is None else retain_graph)
     results = []
     for i, tensor in enumerate(inputs):
-        entry = found.get(id(_place(tensor)))
-        if entry is None and not allow_unused:
+        g = found.get(_place(tensor))
+        if g is None and not allow_unused:
             raise RuntimeError(
                 f"grad: no output depends on inputs[{i}]; pass allow_unused=True to get None for it"
             )
-        results.append(None if entry is None else _own(entry[1], handed_out))
+        results.append(None if g is None else _own(g, handed_out))
     return tuple(results)
 
 
 def _walk(
     roots: list[tuple[Any, Any]],
-    targets: dict[int, Any] | None,
-    found: dict[int, tuple[Any, Any]],
+    targets: set[Any] | None,
+    found: dict[Any, Any],
     create_graph: bool,
     retain_graph: bool,
 ) -> None:
-    """Carry the cotangents in `roots` back to the targets (None: to all leaves) and file them in
-    `found` under the target's id, as (target, cotangent)."""
+    """Carry the cotangents in `roots` back to the places in `targets` (None: to all leaves) and
+    add them up in `found`."""
     order = _newest_first([place for place, _ in roots])
     leading = set() if targets is None else _leading_to(order, targets)
-    pending: dict[int, Any] = {}  # id of a place -> the sum of the cotangents that reached it
+    pending: dict[Any, Any] = {}  # place -> the sum of the cotangents that have reached it
     for place, seed in roots:
-        _add(pending, place, seed, found, targets)
+        _add(pending, place, seed)
     mode = enable_grad if create_graph else no_grad
     with mode():
         for node in order:
-            g = pending.pop(id(node), None)
+            g = pending.pop(node, None)
             if g is None:
                 continue
             if node.retained is not None:
                 _retain(node, g)
-            if targets is None:
-                needs = [parent is not None for parent in node.parents]
-            else:
-                if id(node) in targets:
-                    found[id(node)] = (node, g)
-                needs = [id(parent) in leading for parent in node.parents]
+            needs = None
+            if targets is not None:
+                if node in targets:
+                    found[node] = g
+                needs = [parent in leading for parent in node.parents]
                 if not any(needs):
                     continue
             if type(node) is Output:
                 (parent,) = node.parents
-                filed = pending.setdefault(id(parent), [None] * len(parent.shape))
+                filed = pending.setdefault(parent, [None] * len(parent.shape))
                 filed[node.index] = g
                 continue
             if type(g) is list:
                 g = _complete(node, g, create_graph)
-            for parent, h in zip(node.parents, node.cotangents(g, needs, create_graph), strict=True):
-                if h is not None:
-                    _add(pending, parent, h, found, targets)
+            node.check()
+            grads = node.op.pull_back(node, g, needs, create_graph)
+            for parent, h in zip(node.parents, grads, strict=True):
+                if h is not None and parent is not None:
+                    _add(pending, parent, h)
             if not retain_graph:
                 node.free()
+    # What is left has no node to pass it on: the leaves.
+    found.update((leaf, g) for leaf, g in pending.items() if targets is None or leaf in targets)
 
 
 def _newest_first(places: list[Any]) -> list[Any]:
     """Return every Node and Output reachable from `places`, each before all that it depends on."""
-    seen = {id(place): place for place in places if not isinstance(place, TensorBase)}
-    stack = list(seen.values())
+    stack = [place for place in places if not isinstance(place, TensorBase)]
+    seen = set(stack)
     while stack:
         for parent in stack.pop().parents:
-            if parent is not None and id(parent) not in seen and not isinstance(parent, TensorBase):
-                seen[id(parent)] = parent
+            if parent is not None and parent not in seen and not isinstance(parent, TensorBase):
+                seen.add(parent)
                 stack.append(parent)
-    return sorted(seen.values(), key=attrgetter("age"), reverse=True)
+    return sorted(seen, key=attrgetter("age"), reverse=True)
 
 
-def _leading_to(order: list[Any], targets: dict[int, Any]) -> set[int]:
-    """Return the ids of those in `order` from which a target can be reached."""
+def _leading_to(order: list[Any], targets: set[Any]) -> set[Any]:
+    """Return the places from which a target can be reached, targets included."""
     leading = set(targets)
     for node in reversed(order):
-        if any(id(parent) in leading for parent in node.parents if parent is not None):
-            leading.add(id(node))
+        if any(parent in leading for parent in node.parents if parent is not None):
+            leading.add(node)
     return leading
 
 
-def _add(pending: dict, place: Any, g: Any, found: dict, targets: dict | None) -> None:
-    """Add cotangent `g` to what has reached `place`, in the dtype of `place` and summed to its shape."""
-    leaf = isinstance(place, TensorBase)
-    shape, dtype = (place.data.shape, place.data.dtype) if leaf else (place.shape, place.dtype)
-    if g.shape != shape:
-        g = sum_to_shape(g, shape)
-    if g.dtype != dtype:
-        g = g.astype(dtype)
-    if leaf:
-        if targets is None or id(place) in targets:
-            before = found.get(id(place))
-            found[id(place)] = (place, g if before is None else before[1] + g)
-    else:
-        before = pending.get(id(place))
-        pending[id(place)] = g if before is None else before + g
+def _add(pending: dict[Any, Any], place: Any, g: Any) -> None:
+    """Add `g`, in the dtype of `place` and summed to its shape, to what has reached `place`."""
+    if g.shape != place.shape:
+        g = sum_to_shape(g, place.shape)
+    if g.dtype != place.dtype:
+        g = g.astype(place.dtype)
+    before = pending.get(place)
+    pending[place] = g if before is None else before + g
 
 
 def sum_to_shape(g: Any, shape: tuple[int, ...]) -> Any:

@@ -39,7 +39,7 @@ from typing import Any
 from tinygrad_bn.autograd import Node, Output, TensorBase, is_grad_enabled, new_tensor
 from tinygrad_bn.backend import ARRAY_TYPES, as_array, is_floating, kernels, same_memory
 from tinygrad_bn.domain import Domain
-from tinygrad_bn.rule import Call, Rule
+from tinygrad_bn.rule import Rule
 
 _NOTHING: Mapping[str, Any] = {}
 
@@ -168,21 +168,25 @@ class Op:
         for arg in args:
             if isinstance(arg, TensorBase):
                 tensors = True
-                recording = recording or arg.requires_grad
-                arg = arg.data
-            arrays.append(arg)
-        out = self._run(arrays, options)
+                if arg.requires_grad:
+                    recording = True
+                arrays.append(arg.data)
+            else:
+                arrays.append(arg)
+        out = self._run(arrays, options) if self.kernels else self.forward(*arrays, **options)
         residuals: Mapping[str, Any] = _NOTHING
-        if type(out) is saving:
-            out, residuals = out.out, out.residuals
-        out = tuple(map(_proper, out)) if type(out) is tuple else _proper(out)
+        if type(out) not in ARRAY_TYPES:
+            if type(out) is saving:
+                out, residuals = out.out, out.residuals
+            out = tuple(map(_proper, out)) if type(out) is tuple else _proper(out)
         if not tensors:
             return out, residuals
         if recording and self.differentiable and is_grad_enabled():
             return self.record(args, out, options, residuals), residuals
         if type(out) is tuple:
             return tuple(map(new_tensor, out)), residuals
-        return self._noting_view(new_tensor(out), args), residuals
+        result = new_tensor(out)
+        return self._noting_view(result, args) if self.view else result, residuals
 
     def record(
         self,
@@ -193,7 +197,8 @@ class Op:
     ) -> Any:
         """Return Tensor(s) around the raw `out` that remember how it was made from `args`."""
         many = type(out) is tuple
-        if not is_floating(out[0].dtype if many else out.dtype):
+        dtype = tuple([o.dtype for o in out]) if many else out.dtype
+        if not is_floating(dtype[0] if many else dtype):
             return tuple(map(new_tensor, out)) if many else new_tensor(out)
         if not self.rules:
             raise RuntimeError(
@@ -202,42 +207,56 @@ class Op:
             )
         if len(args) < len(self.inputs):
             args = (*args, *[None] * (len(self.inputs) - len(args)))
-        parents = tuple([self._parent(arg) for arg in args])
+        parents = tuple([self._parent(a) if isinstance(a, TensorBase) else None for a in args])
         result: Any
         if many:
-            node = Node(self, parents, tuple([o.shape for o in out]), tuple([o.dtype for o in out]))
+            node = Node(self, parents, tuple([o.shape for o in out]), dtype)
             result = tuple([new_tensor(o, Output(node, i)) for i, o in enumerate(out)])
         else:
-            node = Node(self, parents, out.shape, out.dtype)
-            result = self._noting_view(new_tensor(out, node), args)
-        call = Call(node, args, options, result, residuals)
+            node = Node(self, parents, out.shape, dtype)
+            result = new_tensor(out, node)
+            if self.view:
+                self._noting_view(result, args)
+        call = (node, args, options, result, residuals)
         node.saved = [
-            rule.save(call) if rule.target is None or parents[rule.target] is not None else None
+            [want.keep(*call) for want in rule.wants]
+            if rule.target is None or parents[rule.target] is not None
+            else None
             for rule in self.rules
         ]
         return result
 
     def pull_back(
-        self, node: Node, g: Any, needs: Sequence[bool], as_tensors: bool
+        self, node: Node, g: Any, needs: Sequence[bool] | None, as_tensors: bool
     ) -> Sequence[Any]:
-        """Return the cotangents of the flat inputs of `node`: raw, or `as_tensors`."""
-        rule = self.rules[0]
-        all_saved = node.saved or ()
-        if rule.target is None:
-            (saved,) = all_saved
-            grads = None if as_tensors else self._run_vjp(rule, saved, g, needs)
-            if grads is None:
-                grads = rule.apply(node, saved, g, needs, as_tensors)
-            if type(grads) is not tuple or len(grads) != len(needs):
-                raise TypeError(
-                    f"{self.name}: its derivative rule must return a tuple of {len(needs)} "
-                    f"cotangents, one per array input, but returned {_described(grads)}"
-                )
-            return grads
-        grads = [None] * len(needs)
-        for rule, saved in zip(self.rules, all_saved, strict=True):
-            if needs[rule.target]:
+        """Return the cotangents of the flat inputs of `node`, raw or `as_tensors`; None for an
+        input that needs none. The engine calls this.
+
+        needs: for each flat input, whether it leads to where gradients are wanted (None: each
+            input that requires grad does).
+        """
+        kept: Any = node.saved
+        if self.rules[0].target is None:
+            needs = needs or [parent is not None for parent in node.parents]
+            return self._joint_cotangents(node, kept[0], g, needs, as_tensors)
+        grads = [None] * len(node.parents)
+        for rule, saved in zip(self.rules, kept, strict=True):
+            if saved is not None and (needs is None or needs[rule.target]):
                 grads[rule.target] = rule.apply(node, saved, g, needs, as_tensors)
+        return grads
+
+    def _joint_cotangents(
+        self, node: Node, saved: list[Any], g: Any, needs: Sequence[bool], as_tensors: bool
+    ) -> tuple[Any, ...]:
+        (rule,) = self.rules
+        grads = None if as_tensors else self._run_vjp(rule, saved, g, needs)
+        if grads is None:
+            grads = rule.apply(node, saved, g, needs, as_tensors)
+        if type(grads) is not tuple or len(grads) != len(needs):
+            raise TypeError(
+                f"{self.name}: its derivative rule must return a tuple of {len(needs)} cotangents, "
+                f"one per array input, but returned {_described(grads)}"
+            )
         return grads
 
     def describe(self, index: int) -> str:
@@ -266,27 +285,24 @@ class Op:
                     return grads
         return None
 
-    def _parent(self, arg: Any) -> Any:
-        """Return where the cotangent of `arg` goes: a node, a leaf, or None for nowhere."""
-        if not isinstance(arg, TensorBase):
-            return None
-        if arg.view_of is not None and arg.view_of != arg.version[1]:
+    def _parent(self, tensor: TensorBase) -> Any:
+        """Return where the cotangent of `tensor` goes: a node, a leaf, or None for nowhere."""
+        if tensor.view_of is not None and tensor.view_of != tensor.version[1]:
             raise RuntimeError(
                 f"{self.name}: an input is a view of memory that was since assigned values that "
                 f"require grad, of which the view knows nothing; take the view again, after the "
                 f"assignment"
             )
-        if not arg.requires_grad:
+        if not tensor.requires_grad:
             return None
-        return arg if arg.node is None else arg.node
+        return tensor if tensor.node is None else tensor.node
 
     def _noting_view(self, result: Any, args: Sequence[Any]) -> Any:
         """Return `result`, sharing the version of the first input if it shares its memory."""
-        if self.view:
-            source = args[0]
-            if isinstance(source, TensorBase) and same_memory(result.data, source.data):
-                result.version = source.version
-                result.view_of = source.version[1]
+        source = args[0]
+        if isinstance(source, TensorBase) and same_memory(result.data, source.data):
+            result.version = source.version
+            result.view_of = source.version[1]
         return result
 
     def _bind(self, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

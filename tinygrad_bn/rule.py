@@ -1,16 +1,16 @@
 """How a derivative rule's parameter names become values: what a node keeps, and what a rule receives.
 
 Each parameter of a rule is resolved once, when the rule is defined, to a *want*: an input, the
-output, a shape, an option, a residual. `save` reads the wanted values when the op has been called;
-`apply` hands them to the rule in the backward pass, as raw arrays or, under `create_graph`, as
+output, a shape, an option, a residual. Wants read their values when the op has been called; `apply`
+hands them to the rule in the backward pass, as raw arrays or, under `create_graph`, as
 Tensors attached to the graph where the originals stood.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tinygrad_bn.autograd import Node, Output, TensorBase, new_tensor
 from tinygrad_bn.backend import device_of, is_floating
@@ -18,15 +18,7 @@ from tinygrad_bn.backend import device_of, is_floating
 if TYPE_CHECKING:
     from tinygrad_bn.op import Op
 
-
-class Call(NamedTuple):
-    """What a want may look at when an op has just been called."""
-
-    node: Node
-    args: Sequence[Any]  # Tensors, raw arrays, numbers; None for an absent optional input
-    options: Mapping[str, Any]
-    result: Any  # the output Tensor, or a tuple of them
-    residuals: Mapping[str, Any]
+Args = Sequence[Any]  # of a call, flat: Tensors, arrays, numbers; None for an absent optional input
 
 
 class Rule:
@@ -43,21 +35,22 @@ class Rule:
         self.takes_needs = "needs" in names
         self.positional = names[0] == "g" and not self.takes_needs
 
-    def save(self, call: Call) -> list[Any]:
-        """Return the wanted values of a call, guarding those that a later write could change."""
-        return [want.keep(call) for want in self.wants]
-
     def apply(
-        self, node: Node, saved: list[Any], g: Any, needs: Sequence[bool], as_tensors: bool
+        self,
+        node: Node,
+        saved: list[Any],
+        g: Any,
+        needs: Sequence[bool] | None,
+        as_tensors: bool,
     ) -> Any:
-        """Return what the rule makes of the cotangent `g`."""
+        """Return what the rule makes of the cotangent `g` and the saved values."""
         if as_tensors:
             saved = [want.attach(value, node) for want, value in zip(self.wants, saved, strict=True)]
         if self.positional:
             return self.function(g, *saved)
         return self.function(**self.by_name(saved, g, needs))
 
-    def by_name(self, saved: list[Any], g: Any, needs: Sequence[bool]) -> dict[str, Any]:
+    def by_name(self, saved: list[Any], g: Any, needs: Sequence[bool] | None) -> dict[str, Any]:
         values = dict(zip(self.names, saved, strict=True), g=g)
         if self.takes_needs:
             values["needs"] = needs
@@ -83,10 +76,11 @@ def _want(op: Op, name: str) -> Any:
 
 
 class _Want:
-    """keep: read the value when the op is called. attach: turn it into what a Tensor rule gets."""
+    """One value that a rule asks for.
 
-    def keep(self, call: Call) -> Any:
-        raise NotImplementedError  # pragma: no cover
+    `keep(node, args, options, result, residuals)` reads it when the op has been called, and guards
+    it on `node` if a later write could change it; `attach` turns it into what a rule on Tensors gets.
+    """
 
     def attach(self, value: Any, node: Node) -> Any:
         return value
@@ -96,8 +90,12 @@ class _Input(_Want):
     def __init__(self, index: int):
         self.index = index
 
-    def keep(self, call: Call) -> Any:
-        return _guarded(call.args[self.index], self.index, call.node)
+    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
+        arg = args[self.index]
+        if isinstance(arg, TensorBase):
+            node.guards.append((self.index, arg.version, arg.version[0]))
+            return arg.data
+        return arg
 
     def attach(self, value: Any, node: Node) -> Any:
         return _attached(value, self.index, node)
@@ -107,19 +105,19 @@ class _Rest(_Want):
     def __init__(self, start: int):
         self.start = start
 
-    def keep(self, call: Call) -> Any:
-        rest = enumerate(call.args[self.start :], self.start)
-        return tuple(_guarded(arg, i, call.node) for i, arg in rest)
+    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
+        rest = enumerate(args[self.start :], self.start)
+        return tuple(_guarded(arg, i, node) for i, arg in rest)
 
     def attach(self, value: Any, node: Node) -> Any:
         return tuple(_attached(v, i, node) for i, v in enumerate(value, self.start))
 
 
 class _Out(_Want):
-    def keep(self, call: Call) -> Any:
-        if type(call.result) is tuple:
-            return tuple(_guarded(tensor, -1, call.node) for tensor in call.result)
-        return _guarded(call.result, -1, call.node)
+    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
+        if type(result) is tuple:
+            return tuple(_guarded(tensor, -1, node) for tensor in result)
+        return _guarded(result, -1, node)
 
     def attach(self, value: Any, node: Node) -> Any:
         if type(value) is tuple:
@@ -132,8 +130,8 @@ class _Attribute(_Want):
         self.attribute = attribute
         self.index = index
 
-    def keep(self, call: Call) -> Any:
-        return _attribute(call.args[self.index], self.attribute)
+    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
+        return _attribute(args[self.index], self.attribute)
 
 
 class _RestAttribute(_Want):
@@ -141,8 +139,8 @@ class _RestAttribute(_Want):
         self.attribute = attribute
         self.start = start
 
-    def keep(self, call: Call) -> Any:
-        return tuple(_attribute(arg, self.attribute) for arg in call.args[self.start :])
+    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
+        return tuple(_attribute(arg, self.attribute) for arg in args[self.start :])
 
 
 class _Option(_Want):
@@ -150,8 +148,8 @@ class _Option(_Want):
         self.name = name
         self.default = default
 
-    def keep(self, call: Call) -> Any:
-        return call.options.get(self.name, self.default)
+    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
+        return options.get(self.name, self.default)
 
 
 class _Residual(_Want):
@@ -159,13 +157,13 @@ class _Residual(_Want):
         self.op_name = op_name
         self.name = name
 
-    def keep(self, call: Call) -> Any:
-        if self.name not in call.residuals:
+    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
+        if self.name not in residuals:
             raise TypeError(
                 f"{self.op_name}: its derivative rule asks for {self.name!r}, which is no input, no "
-                f"option and none of the residuals of its forward ({sorted(call.residuals)})"
+                f"option and none of the residuals of its forward ({sorted(residuals)})"
             )
-        return call.residuals[self.name]
+        return residuals[self.name]
 
     def attach(self, value: Any, node: Node) -> Any:
         # A floating residual depends on the inputs. Handing it out here would freeze it: right at

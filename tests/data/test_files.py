@@ -165,6 +165,22 @@ def test_the_first_writable_folder_is_made(tmp_path: Path) -> None:
     assert files.first_writable([below_a_file]) is None
 
 
+def test_a_folder_that_refuses_files_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing, good = tmp_path / "refusing", tmp_path / "good"
+    refusing.mkdir()
+    touch = Path.touch
+
+    def refuse(path: Path, *args: object, **options: object) -> None:
+        if path.parent == refusing:  # permission bits would not stop root
+            raise PermissionError(path)
+        touch(path, *args, **options)
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert files.first_writable([refusing, good]) == good
+
+
 def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_path: Path) -> None:
     pytest.importorskip("fcntl", reason="there are no such locks here")
     dead, living, data = (tmp_path / n for n in (".a.1.part", ".a.2.part", "a.gz"))

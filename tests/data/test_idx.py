@@ -57,3 +57,8 @@ def test_a_wrong_length_is_told_beside_the_announced_one() -> None:
 def test_what_is_not_idx_is_refused(payload: bytes) -> None:
     with pytest.raises(DatasetCorruptError, match="begins with"):
         parse_idx(payload)
+
+
+def test_a_payload_that_ends_within_its_header_is_told_so() -> None:
+    with pytest.raises(DatasetCorruptError, match=r"11 bytes, too few for .* rank-2 array \(12"):
+        parse_idx(encode(np.ones((2, 3), "u1"), 8)[:11])

@@ -62,7 +62,7 @@ def verified(raw: bytes, sha256: str, source: str) -> bytes:
         except (EOFError, zlib.error, OSError) as error:  # BadGzipFile is an OSError
             damage = f"is a damaged or truncated gzip file ({error}); as it stands, it"
     came = hashlib.sha256(payload).hexdigest()
-    if damage or came != sha256:
+    if came != sha256:
         raise DatasetCorruptError(
             f"{source} {damage or 'holds the wrong data; it'} has SHA-256 {came} "
             f"({len(payload):,} bytes). Expected, once decompressed: SHA-256 {sha256}. "

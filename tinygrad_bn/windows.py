@@ -1,0 +1,142 @@
+"""Sliding windows over images, as plain integers: which entries a convolution or a pool looks at.
+
+Everything that can be wrong with a kernel size, a stride or a padding is refused here, before
+anything is computed. Nothing here touches an array; the generic ops and their fused kernels read the
+same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+Pair = int | Sequence[int]
+
+#: Layout -> the axes of batch, height, width, channels.
+LAYOUTS = {"NCHW": (0, 2, 3, 1), "NHWC": (0, 1, 2, 3)}
+
+
+class Windows(NamedTuple):
+    """The sizes of an image batch and of the windows that slide over it; pairs are (rows, columns).
+
+    out: how many windows fit. padded: the size of an image with its padding.
+    """
+
+    layout: str
+    batch: int
+    channels: int
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    padded: tuple[int, int]
+    out: tuple[int, int]
+
+    @property
+    def axes(self) -> tuple[int, int, int, int]:
+        """The axes of batch, height, width and channels."""
+        return LAYOUTS[self.layout]
+
+    @property
+    def positions(self) -> int:
+        """How many windows there are in the whole batch."""
+        return self.batch * self.out[0] * self.out[1]
+
+    def shape(self, channels: int) -> tuple[int, int, int, int]:
+        """Return the shape of an output with `channels` channels, in this layout.
+
+        >>> windows("pool", (8, 28, 28, 3), (2, 2), "NHWC", stride=2).shape(3)
+        (8, 14, 14, 3)
+        """
+        h, w = self.out
+        return (self.batch, h, w, channels) if self.layout == "NHWC" else (self.batch, channels, h, w)
+
+    def offsets(self) -> Iterator[tuple[int, int, tuple[slice, slice]]]:
+        """Yield (i, j, slices): row i and column j of every window, as slices of a padded image."""
+        for i in range(self.kernel[0]):
+            for j in range(self.kernel[1]):
+                rows, columns = (
+                    slice(k * d, k * d + (n - 1) * s + 1, s)
+                    for k, d, n, s in zip((i, j), self.dilation, self.out, self.stride, strict=True)
+                )
+                yield i, j, (rows, columns)
+
+
+def pair(name: str, what: str, value: Pair, least: int) -> tuple[int, int]:
+    """Return `value` as (rows, columns), each at least `least`; ValueError if it is no such pair.
+
+    >>> pair("conv2d", "stride", 2, 1)
+    (2, 2)
+    """
+    both = (value, value) if isinstance(value, int) else value
+    try:
+        rows, columns = (v.__index__() for v in both)
+    except (AttributeError, TypeError, ValueError):
+        rows = columns = least - 1
+    if rows < least or columns < least:
+        raise ValueError(
+            f"{name}: {what} is {value!r}; expected an integer >= {least} or a pair of them, "
+            f"(rows, columns)"
+        )
+    return rows, columns
+
+
+def windows(
+    name: str,
+    shape: Sequence[int],
+    kernel: Pair,
+    layout: str,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+) -> Windows:
+    """Return the windows of size `kernel` over images of `shape`.
+
+    name: what the messages call the caller.
+    shape: (N, C, H, W) or (N, H, W, C), as `layout` says.
+
+    out = floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1
+
+    Raises ValueError for another rank, an unknown layout, and a kernel larger than a padded image.
+
+    >>> windows("conv2d", (1, 3, 28, 28), (5, 5), "NCHW").out
+    (24, 24)
+    """
+    return _windows(name, tuple(shape), *map(_hashable, (kernel, layout, stride, padding, dilation)))
+
+
+def _hashable(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@lru_cache(maxsize=1024)
+def _windows(
+    name: str, shape: tuple[int, ...], kernel: Pair, layout: str, stride: Pair, padding: Pair, dilation: Pair
+) -> Windows:
+    if layout not in LAYOUTS:
+        raise ValueError(f"{name}: unknown layout {layout!r}; expected one of {sorted(LAYOUTS)}")
+    if len(shape) != 4:
+        raise ValueError(
+            f"{name}: the input has shape {shape}, of {len(shape)} axes; expected 4, "
+            f"({', '.join(layout)}); for a single image add a batch axis with x[None]"
+        )
+    kernel = pair(name, "the kernel size", kernel, 1)
+    stride = pair(name, "stride", stride, 1)
+    padding = pair(name, "padding", padding, 0)
+    dilation = pair(name, "dilation", dilation, 1)
+    batch, height, width, channels = (shape[axis] for axis in LAYOUTS[layout])
+    padded = (height + 2 * padding[0], width + 2 * padding[1])
+    spans = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
+    if spans[0] > padded[0] or spans[1] > padded[1]:
+        raise ValueError(
+            f"{name}: a kernel of {kernel} with dilation {dilation} spans {spans} entries, but the "
+            f"images in {shape} are {(height, width)} in layout {layout} and {padded} with padding "
+            f"{padding}; use a smaller kernel or more padding, or check the layout"
+        )
+    out = tuple((p - s) // step + 1 for p, s, step in zip(padded, spans, stride, strict=True))
+    return Windows(
+        layout, batch, channels, (height, width), kernel, stride, padding, dilation, padded,
+        (out[0], out[1]),
+    )  # fmt: skip
