@@ -1,9 +1,134 @@
-"""tinygrad_bn: reverse-mode automatic differentiation, and batch normalization done right."""
+"""tinygrad_bn: reverse-mode automatic differentiation, and batch normalization done right.
+
+    import tinygrad_bn as tg
+    from tinygrad_bn import functional as F, nn, optim, data, testing
+
+Importing this loads NumPy and Python's own library, and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from tinygrad_bn.autograd import enable_grad, grad, is_grad_enabled, no_grad
+from tinygrad_bn.backend import (
+    cuda_is_available,
+    default_device,
+    get_default_device,
+    manual_seed,
+    saving,
+)
+from tinygrad_bn.backend import (
+    kernels as _kernels,
+)
+from tinygrad_bn.creation import (
+    arange,
+    empty,
+    eye,
+    full,
+    full_like,
+    linspace,
+    ones,
+    ones_like,
+    rand,
+    randint,
+    randn,
+    tensor,
+    zeros,
+    zeros_like,
+)
+from tinygrad_bn.op import REGISTRY as _REGISTRY
 from tinygrad_bn.op import op
+from tinygrad_bn.ops.elementwise import maximum, minimum, where
+from tinygrad_bn.ops.linalg import matmul
 from tinygrad_bn.tensor import Tensor
 
-def tensor(data, *, dtype=None, device=None, requires_grad=False):
-    t = Tensor(data, dtype=dtype, device=device)
-    t = t.copy()
-    return t.requires_grad_() if requires_grad else t
+if TYPE_CHECKING:
+    from tinygrad_bn import data, functional, nn, optim, testing
+    from tinygrad_bn.functional import concatenate, stack
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Tensor",
+    "arange",
+    "concatenate",
+    "cuda_is_available",
+    "data",
+    "default_device",
+    "empty",
+    "enable_grad",
+    "eye",
+    "full",
+    "full_like",
+    "functional",
+    "get_default_device",
+    "grad",
+    "is_grad_enabled",
+    "kernel_status",
+    "linspace",
+    "manual_seed",
+    "matmul",
+    "maximum",
+    "minimum",
+    "nn",
+    "no_grad",
+    "ones",
+    "ones_like",
+    "op",
+    "optim",
+    "rand",
+    "randint",
+    "randn",
+    "saving",
+    "set_num_threads",
+    "stack",
+    "tensor",
+    "testing",
+    "where",
+    "zeros",
+    "zeros_like",
+]
+
+# What is loaded at its first use, so that `import tinygrad_bn` stays quick.
+_ROOMS = frozenset({"data", "functional", "nn", "optim", "testing"})
+_IN_FUNCTIONAL = frozenset({"concatenate", "stack"})
+
+
+def kernel_status() -> dict[str, dict[str, str]]:
+    """Return, for every op, which kernel family may serve it, or why it does not.
+
+    An op without kernels, or none of whose families can be used, runs in its generic form.
+
+    >>> import tinygrad_bn as tg
+    >>> tg.kernel_status()["tanh"]
+    {'generic': 'tanh has no kernels'}
+    """
+    importlib.import_module(
+        "tinygrad_bn.functional"
+    )  # which registers the ops that are not here yet
+    return {name: _kernels.status(name, op.kernels) for name, op in sorted(_REGISTRY.items())}
+
+
+def set_num_threads(count: int) -> None:
+    """Set how many threads the CPU kernels use; `TINYGRAD_BN_NUM_THREADS` is the default.
+
+    >>> import tinygrad_bn as tg
+    >>> tg.set_num_threads(1)
+    """
+    importlib.import_module("tinygrad_bn.kernels.cpu.threads").set_num_threads(count)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"tinygrad_bn.{name}")
+    if name in _IN_FUNCTIONAL:
+        found = getattr(importlib.import_module("tinygrad_bn.functional"), name)
+        globals()[name] = found  # the next access is a plain one
+        return found
+    raise AttributeError(f"module 'tinygrad_bn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS, *_IN_FUNCTIONAL})

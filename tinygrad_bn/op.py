@@ -37,7 +37,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tinygrad_bn.autograd import Node, Output, TensorBase, is_grad_enabled, new_tensor
-from tinygrad_bn.backend import ARRAY_TYPES, as_array, is_floating, kernels, same_memory
+from tinygrad_bn.backend import ARRAY_TYPES, as_array, is_floating, kernels, same_memory, saving
 from tinygrad_bn.domain import Domain
 from tinygrad_bn.rule import Rule
 
@@ -45,16 +45,6 @@ _NOTHING: Mapping[str, Any] = {}
 
 #: Every op of the library and of its users, by name; table-driven tests walk it.
 REGISTRY: dict[str, Op] = {}
-
-
-class saving:  # noqa: N801  (reads as a word in `return saving(out, mean=mean)`)
-    """Return from a forward its output and, beside it, named residuals for the rule."""
-
-    __slots__ = ("out", "residuals")
-
-    def __init__(self, out: Any, **residuals: Any):
-        self.out = out
-        self.residuals = residuals
 
 
 def op(

@@ -1,15 +1,15 @@
 """Sliding windows over images, as plain integers: which entries a convolution or a pool looks at.
 
 Everything that can be wrong with a kernel size, a stride or a padding is refused here, before
-anything is computed. Nothing here touches an array; the generic ops and their fused kernels read the
-same numbers.
+anything is computed. Nothing here touches an array; the generic ops and their fused kernels read
+the same numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Pair = int | Sequence[int]
 
@@ -20,7 +20,8 @@ LAYOUTS = {"NCHW": (0, 2, 3, 1), "NHWC": (0, 1, 2, 3)}
 class Windows(NamedTuple):
     """The sizes of an image batch and of the windows that slide over it; pairs are (rows, columns).
 
-    out: how many windows fit. padded: the size of an image with its padding.
+    padded: the size of an image with its padding. out: how many windows fit. groups: into how many
+    parts a convolution splits the channels.
     """
 
     layout: str
@@ -33,6 +34,7 @@ class Windows(NamedTuple):
     dilation: tuple[int, int]
     padded: tuple[int, int]
     out: tuple[int, int]
+    groups: int = 1
 
     @property
     def axes(self) -> tuple[int, int, int, int]:
@@ -40,18 +42,32 @@ class Windows(NamedTuple):
         return LAYOUTS[self.layout]
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape of the image batch."""
+        if self.layout == "NHWC":
+            return (self.batch, *self.size, self.channels)
+        return (self.batch, self.channels, *self.size)
+
+    @property
     def positions(self) -> int:
         """How many windows there are in the whole batch."""
         return self.batch * self.out[0] * self.out[1]
 
-    def shape(self, channels: int) -> tuple[int, int, int, int]:
+    @property
+    def place_dtype(self) -> str:
+        """The smallest dtype that numbers the entries of a window."""
+        size = self.kernel[0] * self.kernel[1]
+        return "uint8" if size <= 2**8 else "uint16" if size <= 2**16 else "int32"
+
+    def out_shape(self, channels: int) -> tuple[int, int, int, int]:
         """Return the shape of an output with `channels` channels, in this layout.
 
-        >>> windows("pool", (8, 28, 28, 3), (2, 2), "NHWC", stride=2).shape(3)
+        >>> windows("pool", (8, 28, 28, 3), (2, 2), "NHWC", stride=2).out_shape(3)
         (8, 14, 14, 3)
         """
-        h, w = self.out
-        return (self.batch, h, w, channels) if self.layout == "NHWC" else (self.batch, channels, h, w)
+        if self.layout == "NHWC":
+            return (self.batch, *self.out, channels)
+        return (self.batch, channels, *self.out)
 
     def offsets(self) -> Iterator[tuple[int, int, tuple[slice, slice]]]:
         """Yield (i, j, slices): row i and column j of every window, as slices of a padded image."""
@@ -104,16 +120,23 @@ def windows(
     >>> windows("conv2d", (1, 3, 28, 28), (5, 5), "NCHW").out
     (24, 24)
     """
-    return _windows(name, tuple(shape), *map(_hashable, (kernel, layout, stride, padding, dilation)))
+    sizes = map(_hashable, (kernel, stride, padding, dilation))
+    return _windows(name, tuple(shape), layout, *sizes)
 
 
-def _hashable(value: object) -> object:
+def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
 @lru_cache(maxsize=1024)
 def _windows(
-    name: str, shape: tuple[int, ...], kernel: Pair, layout: str, stride: Pair, padding: Pair, dilation: Pair
+    name: str,
+    shape: tuple[int, ...],
+    layout: str,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Windows:
     if layout not in LAYOUTS:
         raise ValueError(f"{name}: unknown layout {layout!r}; expected one of {sorted(LAYOUTS)}")
@@ -140,3 +163,68 @@ def _windows(
         layout, batch, channels, (height, width), kernel, stride, padding, dilation, padded,
         (out[0], out[1]),
     )  # fmt: skip
+
+
+def convolution_windows(
+    shape: Sequence[int],
+    weight: Sequence[int],
+    bias: Sequence[int] | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    layout: str = "NCHW",
+) -> Windows:
+    """Return the windows of a `conv2d` of images of `shape` with `weight` (O, C/groups, KH, KW).
+
+    Raises ValueError that says which sizes do not fit together, and what would.
+    """
+    weight = tuple(weight)
+    if len(weight) != 4:
+        raise ValueError(
+            f"conv2d: weight has shape {weight}, of {len(weight)} axes; expected 4, "
+            f"(O, C/groups, KH, KW), in every layout"
+        )
+    view = windows("conv2d", shape, weight[2:], layout, stride, padding, dilation)
+    outputs, channels = weight[:2]
+    if not isinstance(groups, int) or groups < 1 or view.channels % groups or outputs % groups:
+        raise ValueError(
+            f"conv2d: groups={groups!r} must be a positive integer that divides both the "
+            f"{view.channels} input channels and the {outputs} output channels"
+        )
+    if view.channels != channels * groups:
+        raise ValueError(
+            f"conv2d: the input {tuple(shape)} has {view.channels} channels in layout {layout}, "
+            f"but weight {weight} with groups={groups} expects {channels * groups}; check the "
+            f"layout, or make weight {(outputs, view.channels // groups, *weight[2:])}"
+        )
+    if bias is not None and tuple(bias) != (outputs,):
+        raise ValueError(
+            f"conv2d: bias has shape {tuple(bias)}, expected {(outputs,)}, one value for each "
+            f"output channel of weight {weight}"
+        )
+    return view if groups == 1 else view._replace(groups=groups)
+
+
+def pool_windows(
+    name: str,
+    shape: Sequence[int],
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    layout: str = "NCHW",
+) -> Windows:
+    """Return the windows of a pool; stride None is the kernel size.
+
+    Raises ValueError, besides for what `windows` refuses, if a window could lie in the padding
+    alone.
+    """
+    stride = kernel_size if stride is None else stride
+    view = windows(name, shape, kernel_size, layout, stride, padding)
+    if view.padding[0] >= view.kernel[0] or view.padding[1] >= view.kernel[1]:
+        raise ValueError(
+            f"{name}: padding {view.padding} must be smaller than the kernel size {view.kernel}, "
+            f"or some windows would hold nothing but padding; pad x beforehand if that is meant"
+        )
+    return view

@@ -300,7 +300,7 @@ def test_a_killed_download_leaves_nothing_that_is_used(tiny, serve, mirrors, chi
         released.wait(60)
 
     process = child(serve({**packed, f"/{IMAGES}.gz": half}).url)
-    wait_for(lambda: any(part.stat().st_size for part in tiny.cache.glob(".*.part")))
+    wait_for(lambda: any(part.stat().st_size for part in tiny.cache.glob(f".{IMAGES}*.part")))
     process.kill()
     process.wait()
     released.set()

@@ -31,6 +31,7 @@ from tinygrad_bn.backend.dtypes import (
     machine_epsilon,
 )
 from tinygrad_bn.backend.random import generator, manual_seed
+from tinygrad_bn.backend.residuals import saving
 
 __all__ = [
     "ARRAY_TYPES",
@@ -57,6 +58,7 @@ __all__ = [
     "manual_seed",
     "register_backend",
     "same_memory",
+    "saving",
     "to_device",
     "to_numpy",
 ]

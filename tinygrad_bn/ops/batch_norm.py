@@ -31,9 +31,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tinygrad_bn.backend import accumulation_dtype
+from tinygrad_bn.backend import accumulation_dtype, saving
 from tinygrad_bn.domain import Domain, Real, case
-from tinygrad_bn.op import op, saving
+from tinygrad_bn.op import op
 from tinygrad_bn.ops.elementwise import sqrt
 
 Axes = tuple[int, ...]

@@ -7,8 +7,8 @@ With windows p (one for each output pixel), kernel offsets k and weights W[o, c,
     conv2d_weight_grad   W[o, c, k] = Σ_p      x[p + k, c] y[p, o]
 
 are the three ways to leave one factor out of a single trilinear form T(x, W, y). Each is linear in
-both of its inputs, and its derivative in one of them is another of the three. So these three ops are
-closed under differentiation, and gradients of any order need nothing else.
+both of its inputs, and its derivative in one of them is another of the three. So these three ops
+are closed under differentiation, and gradients of any order need nothing else.
 
 (What is called convolution here does not flip the kernel, as in every deep-learning library.)
 """
@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tinygrad_bn.backend import array_module, float32, is_floating
+from tinygrad_bn.backend import array_module, float32, is_floating, saving
 from tinygrad_bn.domain import Domain, Real, case
 from tinygrad_bn.op import op
 from tinygrad_bn.ops.reduction import sum as sum_
-from tinygrad_bn.windows import Pair, Windows, windows
+from tinygrad_bn.windows import Pair, Windows, convolution_windows
 
 Shape = tuple[int, ...]
 
@@ -31,33 +31,27 @@ _CASES: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (
     ((2, 2, 5, 4), (3, 2, 3, 2), {}),
     ((2, 5, 4, 2), (3, 2, 3, 2), {"layout": "NHWC"}),
     ((1, 2, 4, 3), (2, 2, 1, 1), {}),
+    ((1, 1, 3, 3), (1, 1, 3, 3), {}),
     ((2, 3, 6, 7), (2, 3, 3, 3), {"stride": 2, "padding": 1}),
     ((1, 6, 7, 2), (2, 2, 2, 3), {"stride": (2, 3), "padding": (0, 2), "layout": "NHWC"}),
     ((1, 2, 7, 6), (2, 2, 2, 3), {"dilation": (3, 2), "padding": (1, 0)}),
     ((2, 4, 5, 4), (6, 2, 2, 2), {"groups": 2}),
     ((2, 4, 5, 3), (3, 1, 2, 2), {"groups": 3, "layout": "NHWC", "padding": 1, "stride": 3}),
-    ((1, 1, 3, 3), (1, 1, 3, 3), {"bias": True}),
-    ((2, 5, 4, 2), (3, 2, 3, 2), {"bias": True, "layout": "NHWC"}),
 )
 
 
-def _forward_cases() -> Iterator[Any]:
+def _cases(transpose: str = "") -> Iterator[Any]:
+    """Yield the cases of `conv2d`, or of the transpose that gives "x" or "weight"."""
     for x, weight, options in _CASES:
-        options = dict(options)
-        bias = (weight[0],) if options.pop("bias", False) else None
-        yield case(x, weight, bias, **options)
-
-
-def _transpose_cases(option: str) -> Iterator[Any]:
-    """Yield the cases of a transpose: one input's shape is replaced by the output's."""
-    for x, weight, options in _CASES:
-        options = {key: value for key, value in options.items() if key != "bias"}
-        sizes = {key: value for key, value in options.items() if key not in ("groups", "layout")}
-        y = windows("case", x, weight[2:], options.get("layout", "NCHW"), **sizes).shape(weight[0])
-        if option == "input_shape":
-            yield case(y, weight, input_shape=x, **options)
+        view = convolution_windows(x, weight, **options)
+        y = view.out_shape(weight[0])
+        if transpose == "x":
+            yield case(y, weight, view=view)
+        elif transpose == "weight":
+            yield case(x, y, view=view)
         else:
-            yield case(x, y, kernel_size=weight[2:], **options)
+            yield case(x, weight, None, **options)
+            yield case(x, weight, (weight[0],), **options)
 
 
 # --- shared by the three -----------------------------------------------------------------------
@@ -116,42 +110,31 @@ def _weight_matrices(weight: Any, groups: int) -> Any:
     return split.transpose((3, 4, 0, 2, 1))
 
 
-def _checked(
-    name: str, x_shape: Shape, weight_shape: Shape, groups: int, layout: str, **sizes: Pair
-) -> Windows:
-    """Return the windows of a convolution; ValueError that says which sizes do not fit."""
-    if len(weight_shape) != 4:
-        raise ValueError(
-            f"{name}: weight has shape {weight_shape}, expected (O, C/groups, KH, KW) in every layout"
-        )
-    view = windows(name, x_shape, weight_shape[2:], layout, **sizes)
-    outputs, channels = weight_shape[:2]
-    if not isinstance(groups, int) or groups < 1 or view.channels % groups or outputs % groups:
-        raise ValueError(
-            f"{name}: groups={groups!r} must be a positive integer that divides both the "
-            f"{view.channels} input channels and the {outputs} output channels"
-        )
-    if view.channels != channels * groups:
-        raise ValueError(
-            f"{name}: the input {x_shape} has {view.channels} channels in layout {layout}, but "
-            f"weight {weight_shape} with groups={groups} expects {channels * groups}; check the "
-            f"layout, or make weight {(outputs, view.channels // groups, *weight_shape[2:])}"
-        )
-    return view
+def convolve(x: Any, weight: Any, view: Windows) -> Any:
+    """Return `conv2d` of x and weight with the options of `view`."""
+    return conv2d(
+        x,
+        weight,
+        stride=view.stride,
+        padding=view.padding,
+        dilation=view.dilation,
+        groups=view.groups,
+        layout=view.layout,
+    )
 
 
-def _check_output(name: str, y_shape: Shape, expected: Shape) -> None:
-    if y_shape != expected:
+def _check_output(name: str, y: Any, outputs: int, view: Windows) -> None:
+    if y.shape != view.out_shape(outputs):
         raise ValueError(
-            f"{name}: y has shape {y_shape}, but a convolution of these sizes gives {expected}; "
-            f"pass a y of that shape"
+            f"{name}: y has shape {y.shape}, but the convolution of these sizes gives "
+            f"{view.out_shape(outputs)}; pass a y of that shape"
         )
 
 
 # --- the ops -----------------------------------------------------------------------------------
 
 
-@op(domain=Domain((Real(), Real(), Real()), tuple(_forward_cases())))
+@op(domain=Domain((Real(), Real(), Real()), tuple(_cases())))
 def conv2d(
     x: Any,
     weight: Any,
@@ -167,19 +150,18 @@ def conv2d(
 
     x: (N, C, H, W), or (N, H, W, C) with layout "NHWC". weight: (O, C/groups, KH, KW) in both.
     bias: (O,) or None. stride, padding, dilation: an integer, or a pair (rows, columns).
-    Returns (N, O, OH, OW) or (N, OH, OW, O), OH = ⌊(H + 2 padding - dilation (KH - 1) - 1) / stride⌋ + 1,
-    in the inputs' dtype; float16 is summed in float32 and rounded once.
+
+    Returns (N, O, OH, OW) or (N, OH, OW, O) in the inputs' dtype (float16 is summed in float32 and
+    rounded once), OH = ⌊(H + 2 padding - dilation (KH - 1) - 1) / stride⌋ + 1.
 
     Raises ValueError for sizes that do not fit together, before anything is computed.
     """
-    sizes = {"stride": stride, "padding": padding, "dilation": dilation}
-    view = _checked("conv2d", x.shape, weight.shape, groups, layout, **sizes)
+    shape = None if bias is None else bias.shape
+    view = convolution_windows(
+        x.shape, weight.shape, shape, stride=stride, padding=padding, dilation=dilation,
+        groups=groups, layout=layout,
+    )  # fmt: skip
     outputs = weight.shape[0]
-    if bias is not None and bias.shape != (outputs,):
-        raise ValueError(
-            f"conv2d: bias has shape {bias.shape}, expected {(outputs,)}, one value for each of "
-            f"weight's output channels"
-        )
     dtype, work = working_dtype(x, weight, bias)
     xp = array_module(x)
     images = padded(channels_last(x, layout).astype(work, copy=False), view)
@@ -190,137 +172,59 @@ def conv2d(
     y = _from_groups(y, (view.batch, *view.out))
     if bias is not None:
         y = y + bias
-    return from_channels_last(y.astype(dtype, copy=False), layout)
+    return saving(from_channels_last(y.astype(dtype, copy=False), layout), view=view)
 
 
-@op(domain=Domain((Real(), Real()), tuple(_transpose_cases("input_shape"))))
-def conv2d_input_grad(
-    y: Any,
-    weight: Any,
-    *,
-    input_shape: Shape,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    layout: str = "NCHW",
-) -> Any:
-    """Return the x of `input_shape` with ⟨x, x'⟩ = ⟨y, conv2d(x', weight)⟩ for all x'.
+@op(domain=Domain((Real(), Real()), tuple(_cases("x"))))
+def conv2d_input_grad(y: Any, weight: Any, *, view: Windows) -> Any:
+    """Return the x with ⟨x, x'⟩ = ⟨y, conv2d(x', weight)⟩ for all x': the transposed convolution.
 
-    It is known as the transposed convolution. y: what `conv2d` of an input of `input_shape` would
-    have as shape; the rest as in `conv2d`.
+    y: what `conv2d` over `view` returns. weight: as there. Returns images of `view.shape`.
     """
-    sizes = {"stride": stride, "padding": padding, "dilation": dilation}
-    view = _checked("conv2d_input_grad", input_shape, weight.shape, groups, layout, **sizes)
-    _check_output("conv2d_input_grad", y.shape, view.shape(weight.shape[0]))
+    _check_output("conv2d_input_grad", y, weight.shape[0], view)
     dtype, work = working_dtype(y, weight)
-    xp = array_module(y)
-    y = _by_group(channels_last(y, layout).astype(work, copy=False), groups)
-    matrices = _weight_matrices(weight.astype(work, copy=False), groups).transpose((0, 1, 2, 4, 3))
-    images = xp.zeros((view.batch, *view.padded, view.channels), dtype=work)
+    y = _by_group(channels_last(y, view.layout).astype(work, copy=False), view.groups)
+    weight = weight.astype(work, copy=False)
+    matrices = _weight_matrices(weight, view.groups).transpose((0, 1, 2, 4, 3))
+    images = array_module(y).zeros((view.batch, *view.padded, view.channels), dtype=work)
     for i, j, window in view.offsets():
         images[:, *window] += _from_groups(y @ matrices[i, j], (view.batch, *view.out))
-    return from_channels_last(cropped(images, view).astype(dtype, copy=False), layout)
+    return from_channels_last(cropped(images, view).astype(dtype, copy=False), view.layout)
 
 
-@op(domain=Domain((Real(), Real()), tuple(_transpose_cases("kernel_size"))))
-def conv2d_weight_grad(
-    x: Any,
-    y: Any,
-    *,
-    kernel_size: Pair,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    layout: str = "NCHW",
-) -> Any:
+@op(domain=Domain((Real(), Real()), tuple(_cases("weight"))))
+def conv2d_weight_grad(x: Any, y: Any, *, view: Windows) -> Any:
     """Return the W with ⟨W, W'⟩ = ⟨y, conv2d(x, W')⟩ for all W'.
 
-    x, y: an input and an output of `conv2d`. Returns (O, C/groups, *kernel_size).
+    x, y: an input and an output of `conv2d` over `view`. Returns (O, C/groups, KH, KW).
     """
-    name = "conv2d_weight_grad"
-    view = windows(name, x.shape, kernel_size, layout, stride, padding, dilation)
-    outputs = y.shape[view.axes[3]] if y.ndim == 4 else 0
-    sizes = {"stride": stride, "padding": padding, "dilation": dilation}
-    weight_shape = (outputs, view.channels // groups, *view.kernel)
-    _checked(name, x.shape, weight_shape, groups, layout, **sizes)
-    _check_output(name, y.shape, view.shape(outputs))
+    outputs = y.shape[view.axes[3]]
+    _check_output("conv2d_weight_grad", y, outputs, view)
     dtype, work = working_dtype(x, y)
     xp = array_module(x)
-    images = padded(channels_last(x, layout).astype(work, copy=False), view)
-    y = _by_group(channels_last(y, layout).astype(work, copy=False), groups)
-    per_group = (groups, view.channels // groups, outputs // groups)
+    images = padded(channels_last(x, view.layout).astype(work, copy=False), view)
+    y = _by_group(channels_last(y, view.layout).astype(work, copy=False), view.groups)
+    per_group = (view.groups, view.channels // view.groups, outputs // view.groups)
     matrices = xp.empty((*view.kernel, *per_group), dtype=work)
     for i, j, window in view.offsets():
-        matrices[i, j] = _by_group(images[:, *window], groups).transpose((0, 2, 1)) @ y
-    weight = matrices.transpose((2, 4, 3, 0, 1)).reshape(weight_shape)
+        pixels = _by_group(images[:, *window], view.groups)
+        matrices[i, j] = pixels.transpose((0, 2, 1)) @ y
+    weight = matrices.transpose((2, 4, 3, 0, 1)).reshape((outputs, per_group[1], *view.kernel))
     return xp.ascontiguousarray(weight.astype(dtype, copy=False))
 
 
-# --- their derivatives: each is one of the other two -------------------------------------------
+# Each one's derivative is one of the other two.
 
-
-def _conv2d_vjp_x(
-    g: Any, weight: Any, x_shape: Shape, stride: Pair, padding: Pair, dilation: Pair, groups: int, layout: str
-) -> Any:
-    return conv2d_input_grad(
-        g, weight, input_shape=x_shape,
-        stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout,
-    )  # fmt: skip
-
-
-def _conv2d_vjp_weight(
-    g: Any, x: Any, weight_shape: Shape, stride: Pair, padding: Pair, dilation: Pair, groups: int, layout: str
-) -> Any:
-    return conv2d_weight_grad(
-        x, g, kernel_size=weight_shape[2:],
-        stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout,
-    )  # fmt: skip
-
-
-def _conv2d_vjp_bias(g: Any, layout: str) -> Any:
-    return sum_(g, axis=(0, 1, 2) if layout == "NHWC" else (0, 2, 3))
-
-
-conv2d.def_vjp(x=_conv2d_vjp_x, weight=_conv2d_vjp_weight, bias=_conv2d_vjp_bias)
-
-
-def _input_grad_vjp_y(
-    g: Any, weight: Any, stride: Pair, padding: Pair, dilation: Pair, groups: int, layout: str
-) -> Any:
-    return conv2d(
-        g, weight, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout
-    )
-
-
-def _input_grad_vjp_weight(
-    g: Any, y: Any, weight_shape: Shape, stride: Pair, padding: Pair, dilation: Pair, groups: int, layout: str
-) -> Any:
-    return conv2d_weight_grad(
-        g, y, kernel_size=weight_shape[2:],
-        stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout,
-    )  # fmt: skip
-
-
-conv2d_input_grad.def_vjp(y=_input_grad_vjp_y, weight=_input_grad_vjp_weight)
-
-
-def _weight_grad_vjp_x(
-    g: Any, y: Any, x_shape: Shape, stride: Pair, padding: Pair, dilation: Pair, groups: int, layout: str
-) -> Any:
-    return conv2d_input_grad(
-        y, g, input_shape=x_shape,
-        stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout,
-    )  # fmt: skip
-
-
-def _weight_grad_vjp_y(
-    g: Any, x: Any, stride: Pair, padding: Pair, dilation: Pair, groups: int, layout: str
-) -> Any:
-    return conv2d(
-        x, g, stride=stride, padding=padding, dilation=dilation, groups=groups, layout=layout
-    )
-
-
-conv2d_weight_grad.def_vjp(x=_weight_grad_vjp_x, y=_weight_grad_vjp_y)
+conv2d.def_vjp(
+    x=lambda g, weight, view: conv2d_input_grad(g, weight, view=view),
+    weight=lambda g, x, view: conv2d_weight_grad(x, g, view=view),
+    bias=lambda g, layout: sum_(g, axis=(0, 1, 2) if layout == "NHWC" else (0, 2, 3)),
+)
+conv2d_input_grad.def_vjp(
+    y=lambda g, weight, view: convolve(g, weight, view),
+    weight=lambda g, y, view: conv2d_weight_grad(g, y, view=view),
+)
+conv2d_weight_grad.def_vjp(
+    x=lambda g, y, view: conv2d_input_grad(y, g, view=view),
+    y=lambda g, x, view: convolve(x, g, view),
+)

@@ -76,10 +76,11 @@ def power(x: Any, y: Any) -> Any:
 
 
 def _power_vjp_x(g: Any, x: Any, y: Any) -> Any:
-    # y x^(y-1); the exponent is replaced where y = 0, since 0 · 0⁻¹ is NaN and the answer 0.
+    # y x^(y-1); the exponent is replaced at x = y = 0, since 0 · 0⁻¹ is NaN and the answer 0. Not
+    # wherever y = 0: being constant there it would hide this rule's own derivative by y, g/x.
     if isinstance(y, (int, float)):
         return g * (y * x ** (y - 1 if y != 0 else 1))
-    return g * (y * x ** where(y == 0, 1, y - 1))
+    return g * (y * x ** where(x == 0, where(y == 0, 1, y - 1), y - 1))
 
 
 def _power_vjp_y(g: Any, out: Any, x: Any) -> Any:

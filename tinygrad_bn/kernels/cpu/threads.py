@@ -1,0 +1,193 @@
+"""A small pool of threads for the CPU kernels.
+
+NumPy releases Python's lock inside large operations, so chunks of one array can be worked on side by
+side. `parallel(task, count)` runs `task(0) ... task(count - 1)`, each index once, on whichever
+thread is free; the caller's is one of them. A task must therefore give the same result in any
+order: it writes to its own part of an output, or to its own partial sum, never into a shared one.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn.kernels.cpu import blas
+
+VARIABLE = "TINYGRAD_BN_NUM_THREADS"
+Task = Callable[[int], Any]
+
+#: What a thread keeps between calls at most, for each name: above it, memory is given back.
+KEPT_BYTES = 8 * 2**20
+
+_local = threading.local()
+_jobs: SimpleQueue[tuple[contextvars.Context, _Job]] = SimpleQueue()
+_workers: list[threading.Thread] = []
+_starting = threading.Lock()
+_count: int | None = None
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use: its affinity mask and its control group's quota."""
+    try:
+        cpus = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        cpus = os.cpu_count() or 1
+    quota = _quota()
+    return cpus if quota is None else max(1, min(cpus, math.ceil(quota)))
+
+
+def _quota(root: str = "/sys/fs/cgroup") -> float | None:
+    """Return the CPUs that the control group allows, or None for no limit."""
+    try:  # version 2: "<microseconds or max> <period>"
+        used, period = Path(root, "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:  # version 1: -1 is no limit
+            used = Path(root, "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = Path(root, "cpu/cpu.cfs_period_us").read_text()
+        except OSError:
+            return None
+    if not used.isdecimal() or not int(period):
+        return None
+    return int(used) / int(period)
+
+
+def num_threads() -> int:
+    """Return how many threads kernels use: by `set_num_threads`, the environment, or the CPUs."""
+    global _count
+    if _count is None:
+        wish = os.environ.get(VARIABLE)
+        _count = available_cpus() if wish is None else _checked(VARIABLE, wish)
+    return _count
+
+
+def set_num_threads(count: int) -> None:
+    """Let kernels, and NumPy's matrix products, use `count` threads; ValueError below 1."""
+    global _count
+    _count = _checked("set_num_threads", count)
+    blas.set_num_threads(_count)
+
+
+def _checked(name: str, count: int | str) -> int:
+    try:
+        number = int(count) if isinstance(count, str) else count.__index__()
+    except (AttributeError, TypeError, ValueError):
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name}: {count!r} threads; expected an integer of at least 1")
+    return number
+
+
+class _Job:
+    """The indices of one `parallel` call, handed out one by one to the threads that work on it."""
+
+    def __init__(self, task: Task, count: int):
+        self.task = task
+        self.count = count
+        self.next = 0
+        self.lock = threading.Lock()
+        self.error: BaseException | None = None
+        self.done: SimpleQueue[None] = SimpleQueue()
+
+    def work(self) -> None:
+        """Run tasks until none is left, or one has failed."""
+        _local.busy = True
+        try:
+            while True:
+                with self.lock:
+                    index = self.next
+                    self.next += 1
+                if index >= self.count:
+                    return
+                self.task(index)
+        except BaseException as error:
+            with self.lock:
+                self.next = self.count  # no thread starts another
+                self.error = self.error or error
+        finally:
+            _local.busy = False
+
+
+def parallel(task: Task, count: int) -> None:
+    """Run `task(index)` for every index below `count`, on up to `num_threads()` threads.
+
+    Returns when all are done. NumPy's matrix products inside use one thread each. The first
+    exception is raised here after the other threads have stopped; a call from within a task runs
+    in that task's thread.
+    """
+    helpers = min(num_threads(), count) - 1
+    if helpers < 1 or getattr(_local, "busy", False):
+        for index in range(count):
+            task(index)
+        return
+    _start(helpers)
+    job = _Job(task, count)
+    blas.hold()
+    try:
+        for _ in range(helpers):
+            # NumPy keeps its error state in a context variable, so the caller's goes along.
+            _jobs.put((contextvars.copy_context(), job))
+        try:
+            job.work()
+        finally:
+            for _ in range(helpers):
+                job.done.get()
+    finally:
+        blas.release()
+    if job.error is not None:
+        raise job.error
+
+
+def _start(helpers: int) -> None:
+    """Have at least `helpers` workers wait for jobs."""
+    if len(_workers) >= helpers:
+        return
+    with _starting:
+        while len(_workers) < helpers:
+            name = f"tinygrad_bn-{len(_workers)}"
+            worker = threading.Thread(target=_serve, args=(_jobs,), name=name, daemon=True)
+            worker.start()
+            _workers.append(worker)
+
+
+def _serve(jobs: SimpleQueue[tuple[contextvars.Context, _Job]]) -> None:
+    while True:
+        context, job = jobs.get()
+        context.run(job.work)
+        job.done.put(None)
+        del context, job  # or an idle worker would keep the last job's arrays alive
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return an array of this thread's own, unset, to be overwritten by the next call of this name.
+
+    Fresh memory costs a page fault for every 4 KiB, and is never in cache; this is both at hand.
+    """
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    if size > KEPT_BYTES:
+        return np.empty(shape, dtype)
+    buffers = _local.__dict__.setdefault("buffers", {})
+    buffer = buffers.get(name)
+    if buffer is None or buffer.size < size:
+        buffer = buffers[name] = np.empty(size, np.uint8)
+    return buffer[:size].view(dtype).reshape(shape)
+
+
+def _forget() -> None:
+    """Start afresh in a forked child: the threads did not come along."""
+    global _jobs, _starting, _local
+    _jobs, _starting, _local = SimpleQueue(), threading.Lock(), threading.local()
+    _workers.clear()
+    blas.forget_holders()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

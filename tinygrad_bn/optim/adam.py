@@ -1,0 +1,117 @@
+"""Adam, and AdamW, which decays weights beside the gradient instead of through it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tinygrad_bn.backend import array_module
+from tinygrad_bn.optim.optimizer import Optimizer, Params, add_to, in_state_dtype
+
+
+class Adam(Optimizer):
+    """Steps scaled by running averages of the gradient and of its square, as PyTorch's.
+
+    params: Tensors, or groups of them with options of their own (see `Optimizer`).
+    lr: the learning rate: about the size of a step.
+    betas: what the averages of g and of g² keep from step to step, each in [0, 1).
+    eps: added to the root of the second average.
+    weight_decay: λ; adds λ p to the gradient.
+
+        g ← g + λ p
+        m ← β₁ m + (1 - β₁) g,   v ← β₂ v + (1 - β₂) g²
+        p ← p - lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + eps)      at step t = 1, 2, ...
+
+    State is kept in the parameter's dtype, float32 at least. Raises ValueError for options that
+    make no sense. Source: Kingma and Ba 2015, Algorithm 1.
+
+    >>> import tinygrad_bn as tg
+    >>> p = tg.nn.Parameter([1.0])
+    >>> (p * p).sum().backward()
+    >>> tg.optim.Adam([p], lr=0.25).step()
+    >>> round(p.item(), 4)
+    0.75
+    """
+
+    slots = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def _check(self, options: Mapping[str, Any]) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            self._at_least_zero(name, options[name])
+        betas = options["betas"]
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                f"{self._name}: betas is {betas}, expected two numbers in [0, 1), for example "
+                f"(0.9, 0.999)"
+            )
+
+    def _update(self, p: Any, g: Any, state: dict[str, Any], options: Mapping[str, Any]) -> None:
+        decay = float(options["weight_decay"])
+        g = in_state_dtype(g)
+        if decay:
+            g = g + decay * in_state_dtype(p)
+        self._descend(p, g, state, options)
+
+    def _descend(self, p: Any, g: Any, state: dict[str, Any], options: Mapping[str, Any]) -> None:
+        """Update the averages in `state` from `g`, and then `p`."""
+        xp = array_module(p)
+        beta1, beta2 = map(float, options["betas"])
+        change = self._temporary(p)
+        if "exp_avg" not in state:
+            state["exp_avg"], state["exp_avg_sq"] = self._zeros(p), self._zeros(p)
+        mean, square = state["exp_avg"], state["exp_avg_sq"]
+        # m + (1 - β) (g - m): exact where the gradient does not change, unlike β m + (1 - β) g.
+        xp.subtract(g, mean, out=change)
+        change *= 1 - beta1
+        mean += change
+        square *= beta2
+        xp.multiply(g, g, out=change)
+        change *= 1 - beta2
+        square += change
+        step = state["step"]
+        xp.sqrt(square, out=change)
+        change /= math.sqrt(1 - beta2**step)
+        change += float(options["eps"])
+        xp.divide(mean, change, out=change)
+        change *= -float(options["lr"]) / (1 - beta1**step)
+        add_to(p, change)
+
+
+class AdamW(Adam):
+    """Adam whose weight decay p ← p - lr λ p is a step of its own, as PyTorch's.
+
+    Arguments as `Adam`'s; `weight_decay` is 0.01 unless given. Source: Loshchilov and Hutter 2019,
+    Algorithm 2.
+
+    >>> import tinygrad_bn as tg
+    >>> p = tg.nn.Parameter([1.0])
+    >>> p.grad = tg.zeros(1)
+    >>> tg.optim.AdamW([p], lr=0.5, weight_decay=0.5).step()
+    >>> p.item()
+    0.75
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+    def _update(self, p: Any, g: Any, state: dict[str, Any], options: Mapping[str, Any]) -> None:
+        p *= 1 - float(options["lr"]) * float(options["weight_decay"])
+        self._descend(p, in_state_dtype(g), state, options)

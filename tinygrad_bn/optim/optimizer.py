@@ -1,0 +1,244 @@
+"""What all optimizers share: parameter groups, their options, and the state they keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from tinygrad_bn.autograd import TensorBase
+from tinygrad_bn.backend import array_module, device_of, float32
+from tinygrad_bn.backend.creation import like
+from tinygrad_bn.tensor import Tensor
+
+Params = Iterable[Any]  # of Tensors, or of groups: mappings with "params" and options
+
+
+class Optimizer:
+    """Updates parameters in place from their gradients, one step at a time.
+
+    params: Tensors, or mappings that hold Tensors under "params" and, beside them, options that
+        hold for this group alone.
+
+    `param_groups` is a list of dicts, each with "params" and every option; a schedule, or anyone,
+    may set an option between steps: `optimizer.param_groups[0]["lr"] = 0.1`, or `optimizer.lr`
+    for all groups at once. Parameters without a gradient are passed over.
+
+    A subclass checks its options in `_check` and updates one parameter in `_update`.
+    """
+
+    #: What `_update` keeps for each parameter: names of arrays of its shape.
+    slots: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, params: Params, **defaults: Any):
+        self.param_groups: list[dict[str, Any]] = []
+        #: Parameter, by identity -> what `_update` keeps for it, and the count of its steps.
+        self._state: dict[Any, dict[str, Any]] = {}
+        self._defaults = defaults
+        self._scratch: dict[Any, Any] = {}
+        groups: list[Any] = [params] if isinstance(params, (TensorBase, Mapping)) else list(params)
+        if not groups:
+            raise ValueError(f"{self._name}: got no parameters; pass model.parameters()")
+        if not isinstance(groups[0], Mapping):
+            groups = [{"params": groups}]
+        for group in groups:
+            self.add_param_group(group)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Add parameters under "params", with the options that differ for them beside it."""
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise TypeError(
+                f"{self._name}: got {type(group).__name__} as a group, expected Tensors alone or "
+                f"mappings with 'params' alone"
+            )
+        unknown = set(group) - set(self._defaults) - {"params"}
+        if unknown:
+            raise ValueError(
+                f"{self._name}: unknown options {sorted(unknown)}, expected some of "
+                f"{sorted(self._defaults)}"
+            )
+        params = group["params"]
+        params = [params] if isinstance(params, TensorBase) else list(params)
+        known = {id(p) for g in self.param_groups for p in g["params"]}
+        for i, parameter in enumerate(params):
+            if not isinstance(parameter, TensorBase):
+                raise TypeError(
+                    f"{self._name}: parameter {i} is a {type(parameter).__name__}, expected a "
+                    f"Tensor; raw arrays have no gradients"
+                )
+            if parameter.node is not None:
+                raise ValueError(
+                    f"{self._name}: parameter {i} is the result of an op, expected a leaf; "
+                    f"optimize what it was made from, or .detach() it"
+                )
+            if id(parameter) in known:
+                raise ValueError(
+                    f"{self._name}: parameter {i} of shape {parameter.data.shape} was given twice, "
+                    f"and would be updated twice a step; give each once, as model.parameters() does"
+                )
+            known.add(id(parameter))
+        options = {**self._defaults, **{k: v for k, v in group.items() if k != "params"}}
+        self._check(options)
+        self.param_groups.append({"params": params, **options})
+
+    # --- the learning rate -----------------------------------------------------------------------
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first group; setting it sets that of all."""
+        return self.param_groups[0]["lr"]
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._at_least_zero("lr", value)
+        for group in self.param_groups:
+            group["lr"] = float(value)
+
+    # --- stepping --------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient, in place.
+
+        Not recorded by the tape; a backward that still needs the old values raises.
+        """
+        for group in self.param_groups:
+            self._check(group)
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                g = parameter.grad.data
+                if g.shape != parameter.data.shape:
+                    raise ValueError(
+                        f"{self._name}.step: a parameter of shape {parameter.data.shape} has a "
+                        f"gradient of shape {g.shape}; they must be equal"
+                    )
+                state = self._state.setdefault(parameter, {"step": 0})
+                for name in self.slots:
+                    if name in state:  # the parameter may have moved to another device
+                        state[name] = like(state[name], parameter.data)
+                state["step"] += 1
+                self._update(parameter.data, g, state, group)
+                parameter.version[0] += 1
+
+    def zero_grad(self) -> None:
+        """Set `.grad` of every parameter to None."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def _check(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError for an option that makes no sense."""
+        raise NotImplementedError
+
+    def _update(self, p: Any, g: Any, state: dict[str, Any], options: Mapping[str, Any]) -> None:
+        """Update the raw parameter `p` in place from its raw gradient `g`, which stays as it is."""
+        raise NotImplementedError
+
+    # --- saving ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the options of all groups and what is kept for each parameter.
+
+        As PyTorch's: `{"state": {index: {name: Tensor or number}}, "param_groups": [...]}`, with
+        parameters by their index over all groups. The Tensors share memory with the optimizer:
+        `copy.deepcopy` them to keep a moment.
+        """
+        index = {id(p): i for i, p in enumerate(self._parameters())}
+        groups = [{**g, "params": [index[id(p)] for p in g["params"]]} for g in self.param_groups]
+        state = {
+            index[id(parameter)]: {k: Tensor(v) if k in self.slots else v for k, v in kept.items()}
+            for parameter, kept in self._state.items()
+        }
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over options and state from a `state_dict()` of an optimizer of the same kind.
+
+        Raises ValueError, before anything is changed, if groups, parameters or shapes differ.
+        """
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        ours = [len(g["params"]) for g in self.param_groups]
+        theirs = [len(g["params"]) for g in groups]
+        problems = []
+        if ours != theirs:
+            problems.append(f"it has groups of {theirs} parameters, expected {ours}")
+        parameters = dict(enumerate(self._parameters()))
+        loaded: dict[Any, dict[str, Any]] = {}
+        for i, kept in state.items():
+            if i not in parameters:
+                problems.append(
+                    f"it has state for a parameter {i}, expected 0 to {len(parameters) - 1}"
+                )
+                continue
+            p = parameters[i].data
+            fresh = loaded[parameters[i]] = {}
+            for name, value in kept.items():
+                if name not in self.slots:
+                    fresh[name] = value
+                    continue
+                raw = value.data if isinstance(value, TensorBase) else value
+                if tuple(raw.shape) != p.shape:
+                    problems.append(
+                        f"{name} of parameter {i} has shape {tuple(raw.shape)}, expected {p.shape}"
+                    )
+                    continue
+                fresh[name] = like(raw, p).astype(_state_dtype(p))  # astype copies
+        if problems:
+            raise ValueError(
+                f"{self._name}.load_state_dict: the state does not fit, and nothing was loaded:\n  "
+                + "\n  ".join(problems)
+            )
+        for group, incoming in zip(self.param_groups, groups, strict=True):
+            group.update({k: incoming[k] for k in self._defaults if k in incoming})
+        self._state = loaded
+
+    def __repr__(self) -> str:
+        groups = [
+            ", ".join(f"{k}={v}" for k, v in g.items() if k != "params") for g in self.param_groups
+        ]
+        return f"{self._name}({'; '.join(groups)})"
+
+    # --- for subclasses --------------------------------------------------------------------------
+
+    def _parameters(self) -> list[Any]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _at_least_zero(self, name: str, value: Any) -> None:
+        if not (float(value) >= 0 and math.isfinite(float(value))):
+            raise ValueError(f"{self._name}: {name} is {value}, expected a finite number >= 0")
+
+    def _zeros(self, p: Any) -> Any:
+        """Return zeros of the shape of `p`, in the dtype that state is kept in."""
+        return array_module(p).zeros(p.shape, dtype=_state_dtype(p))
+
+    def _temporary(self, p: Any) -> Any:
+        """Return uninitialised memory of the shape of `p`, for use within one update only.
+
+        One block serves all parameters: fresh memory for each would have to be mapped anew.
+        """
+        dtype = _state_dtype(p)
+        key = (device_of(p), dtype)
+        block = self._scratch.get(key)
+        if block is None or block.size < p.size:
+            block = self._scratch[key] = array_module(p).empty(p.size, dtype=dtype)
+        return block[: p.size].reshape(p.shape)
+
+
+def in_state_dtype(g: Any) -> Any:
+    """Return `g` in the dtype that state is kept in."""
+    dtype = _state_dtype(g)
+    return g if g.dtype == dtype else g.astype(dtype)
+
+
+def add_to(p: Any, change: Any) -> None:
+    """Add `change`, rounded to the dtype of `p`, in place."""
+    p += change if change.dtype == p.dtype else change.astype(p.dtype)
+
+
+def _state_dtype(p: Any) -> Any:
+    """Return the dtype of `p`, or float32 for half precision: squares of gradients need it."""
+    return p.dtype if p.dtype.itemsize >= 4 else float32

@@ -1,0 +1,38 @@
+"""Is a derivative right? Checkers with derived tolerances, and Hypothesis strategies for inputs.
+
+`testing.strategies` needs Hypothesis (`pip install 'tinygrad_bn[test]'`); the checkers do not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from tinygrad_bn.testing.agreement import check_backends, check_layouts, check_raw
+from tinygrad_bn.testing.errors import BlindCheckWarning, GradCheckError, Inconclusive
+from tinygrad_bn.testing.gradients import check_double_grad, check_grad
+from tinygrad_bn.testing.invariants import check_dtypes, check_pure
+from tinygrad_bn.testing.report import Comparison, Report, Tolerance
+
+__all__ = [
+    "BlindCheckWarning",
+    "Comparison",
+    "GradCheckError",
+    "Inconclusive",
+    "Report",
+    "Tolerance",
+    "check_backends",
+    "check_double_grad",
+    "check_dtypes",
+    "check_grad",
+    "check_layouts",
+    "check_pure",
+    "check_raw",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported at first use: Hypothesis is an extra, and takes longer to import than all the rest.
+    if name == "strategies":
+        return importlib.import_module("tinygrad_bn.testing.strategies")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

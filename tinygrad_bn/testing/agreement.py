@@ -1,0 +1,247 @@
+"""Is it the same function everywhere: in any memory layout, on raw arrays and Tensors, in any kernel?
+
+Sums taken in another order round differently, so results are compared within what rounding explains:
+`noise.rounding_tolerance`, which is measured at the inputs at hand. Where nothing is reordered the
+comparison is to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn import backend
+from tinygrad_bn.backend import kernels
+from tinygrad_bn.testing.errors import GradCheckError
+from tinygrad_bn.testing.functions import input_names, is_floating, name_of, raw_inputs
+from tinygrad_bn.testing.invariants import Run
+from tinygrad_bn.testing.layouts import LAYOUTS
+from tinygrad_bn.testing.noise import rounding_tolerance, spread
+from tinygrad_bn.testing.report import Report
+
+Function = Callable[..., Any]
+
+
+def check_raw(fn: Function, *inputs: Any, seed: int = 0) -> Report:
+    """Return a report that `fn` does on raw arrays what it does on Tensors.
+
+    fn: of arrays or Tensors, as every op and everything made of ops is. Its output for raw arrays
+        must be its output for Tensors to the bit; and the gradients from rules that run on raw arrays
+        those from rules that run on Tensors (`create_graph`), up to rounding: those may compute
+        again what these had saved.
+
+    >>> import numpy as np
+    >>> import tinygrad_bn as tg
+    >>> from tinygrad_bn import testing
+    >>> from tinygrad_bn.op import REGISTRY
+    >>> print(testing.check_raw(REGISTRY["tanh"], np.ones(3)))
+    check_raw(tanh): passed; raw arrays and Tensors agree
+    """
+    name = f"check_raw: {name_of(fn)}"
+    arrays = raw_inputs(inputs)
+    wrapped = Run(fn, arrays, seed=seed)
+    out = fn(*arrays)
+    plain = list(out) if isinstance(out, (tuple, list)) else [out]
+    for i, (mine, theirs) in enumerate(zip(plain, wrapped.outputs, strict=True)):
+        if type(mine) is not type(theirs):
+            raise GradCheckError(
+                f"{name}: output {i} for raw arrays is a {type(mine).__name__}, expected a "
+                f"{type(theirs).__name__}: arrays in, arrays out"
+            )
+        if mine.dtype != theirs.dtype or mine.shape != theirs.shape or not _equal(mine, theirs):
+            raise GradCheckError(f"{name}: output {i} for raw arrays differs from that for Tensors")
+    recorded = Run(fn, arrays, wrapped.cotangents, create_graph=True)
+    labels = _gradient_labels(fn, arrays)
+    _require_close(
+        f"{name}: rules on Tensors (create_graph) against rules on raw arrays",
+        labels,
+        recorded.gradients,
+        wrapped.gradients,
+        lambda nudged: Run(fn, nudged, wrapped.cotangents).gradients,
+        arrays,
+    )
+    return Report("check_raw", name_of(fn), notes=("raw arrays and Tensors agree",))
+
+
+def check_layouts(fn: Function, *inputs: Any, seed: int = 0) -> Report:
+    """Return a report that `fn` and its gradients do not depend on how arrays lie in memory.
+
+    C and Fortran order, permuted axes, negative strides, gaps, zero strides, read-only memory: of the
+    inputs and, by themselves, of the cotangents.
+
+    >>> import numpy as np
+    >>> from tinygrad_bn import testing
+    >>> print(testing.check_layouts(lambda x: x.sum(axis=0), np.ones((3, 2))))
+    check_layouts(<lambda>): passed; 8 layouts agree
+    """
+    host = [None if a is None else backend.to_numpy(a) for a in raw_inputs(inputs)]
+    name = f"check_layouts: {name_of(fn)}"
+    plain = [None if a is None else np.array(a, order="C") for a in host]
+    base = Run(fn, plain, seed=seed)
+    noise = _Noise(fn, plain, base)
+    for layout in LAYOUTS:
+        arranged = [None if a is None else layout(a) for a in plain]
+        reference, mine = base, noise
+        if not layout.keeps_values:
+            repeated = [None if a is None else np.array(a, order="C") for a in arranged]
+            reference = Run(fn, repeated, base.cotangents)
+            mine = _Noise(fn, repeated, reference)
+        _require_same_run(
+            f"{name}: inputs in layout {layout.name!r}",
+            Run(fn, arranged, base.cotangents),
+            reference,
+            mine,
+        )
+        cotangents = [layout(np.asarray(g)) for g in base.cotangents]
+        reference, mine = base, noise
+        if not layout.keeps_values:
+            reference = Run(fn, plain, [np.array(g, order="C") for g in cotangents])
+            mine = _Noise(fn, plain, reference)
+        _require_same_run(
+            f"{name}: cotangents in layout {layout.name!r}",
+            Run(fn, plain, cotangents),
+            reference,
+            mine,
+        )
+    return Report("check_layouts", name_of(fn), notes=(f"{len(LAYOUTS)} layouts agree",))
+
+
+def check_backends(fn: Function, *inputs: Any, seed: int = 0) -> Report:
+    """Return a report that every kernel family and backend at hand agrees with the generic form.
+
+    The generic form on NumPy arrays is the definition. Families that cannot serve here, and a GPU
+    that is not there, are named in the report's notes with the reason.
+
+    >>> import numpy as np
+    >>> from tinygrad_bn import testing
+    >>> testing.check_backends(lambda x: x.exp(), np.ones(3)).notes[0]
+    'agree with generic: numpy'
+    """
+    host = [None if a is None else backend.to_numpy(a) for a in raw_inputs(inputs)]
+    name = f"check_backends: {name_of(fn)}"
+    with kernels.use_kernels("generic"):
+        base = Run(fn, host, seed=seed)
+        noise = _Noise(fn, host, base)
+        noise.measure()
+    agree, absent = [], []
+    for family in (f for f in kernels.CHOICES if f != "generic"):
+        device = "cuda" if family == "cuda" else "cpu"
+        reason = kernels.unusable_because(family)
+        if reason is None and device == "cuda" and not backend.cuda_is_available():
+            reason = "no GPU, or no CuPy"
+        if reason is not None:
+            absent.append(f"{family} not compared: {reason}")
+            continue
+        arrays, cotangents = _placed(host, device), _placed(base.cotangents, device)
+        choices = (family, "generic") if device == "cuda" else (family,)
+        for choice in choices:
+            with kernels.use_kernels(choice):
+                run = Run(fn, arrays, cotangents)
+            _require_same_run(f"{name}: kernels {choice!r} on {device}", run, base, noise)
+        agree.append(family)
+    notes = (f"agree with generic: {', '.join(agree) or 'no family'}", *absent)
+    return Report("check_backends", name_of(fn), notes=notes)
+
+
+# --- comparing ---------------------------------------------------------------------------------
+
+
+class _Noise:
+    """How far outputs and gradients of a run move under nudged inputs; measured when first needed."""
+
+    def __init__(self, fn: Function, arrays: Sequence[Any], base: Run):
+        self.fn = fn
+        self.arrays = arrays
+        self.base = base
+        self.labels = _gradient_labels(fn, arrays)
+        self.measured: list[float] | None = None
+
+    def measure(self) -> list[float]:
+        if self.measured is None:
+
+            def results(nudged: Sequence[Any]) -> list[np.ndarray]:
+                run = Run(self.fn, nudged, self.base.cotangents)
+                return _host((*run.outputs, *run.gradients))
+
+            at = _host((*self.base.outputs, *self.base.gradients))
+            self.measured = spread(results, self.arrays, at)
+        return self.measured
+
+
+def _require_same_run(name: str, run: Run, want: Run, noise: _Noise) -> None:
+    labels = [f"output {i}" for i in range(len(want.outputs))] + noise.labels
+    got = (*run.outputs, *run.gradients)
+    expected = (*want.outputs, *want.gradients)
+    for i, (label, a, b) in enumerate(zip(labels, got, expected, strict=True)):
+        _require_close_one(name, label, a, b, lambda i=i: noise.measure()[i])
+
+
+def _require_close(
+    name: str,
+    labels: Sequence[str],
+    got: Sequence[Any],
+    want: Sequence[Any],
+    again: Callable[[Sequence[Any]], Sequence[Any]],
+    arrays: Sequence[Any],
+) -> None:
+    moved: list[float] = []
+
+    def by(i: int) -> float:
+        if not moved:
+            host = [None if a is None else backend.to_numpy(a) for a in arrays]
+            moved.extend(spread(lambda nudged: _host(again(nudged)), host, _host(want)))
+        return moved[i]
+
+    for i, (label, a, b) in enumerate(zip(labels, got, want, strict=True)):
+        _require_close_one(name, label, a, b, lambda i=i: by(i))
+
+
+def _require_close_one(
+    name: str, label: str, got: Any, want: Any, moved_by: Callable[[], float]
+) -> None:
+    """Raise GradCheckError unless `got` equals `want` up to rounding."""
+    if got.dtype != want.dtype or got.shape != want.shape:
+        raise GradCheckError(
+            f"{name}: {label} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}"
+        )
+    a, b = _host((got, want))
+    if _equal(a, b):
+        return
+    if not backend.is_floating(b.dtype):
+        raise GradCheckError(f"{name}: {label} differs: {a.tolist()!r:.80}, expected {b.tolist()!r:.80}")
+    tolerance = rounding_tolerance(b, 0.0)
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(wide_a - wide_b)
+    error[(wide_a == wide_b) | (np.isnan(wide_a) & np.isnan(wide_b))] = 0.0
+    if not np.all(error <= tolerance):
+        tolerance = rounding_tolerance(b, moved_by())
+    if not np.all(error <= tolerance):
+        at = np.unravel_index(int(np.argmax(np.nan_to_num(error, nan=np.inf))), b.shape)
+        raise GradCheckError(
+            f"{name}: {label} differs at {[int(k) for k in at]}: {wide_a[at]:.9g}, expected "
+            f"{wide_b[at]:.9g} (difference {error[at]:.2g}, tolerance {tolerance:.2g}: 16 times what "
+            f"nudging the inputs by two units in the last place changes, and the rounding of sums)"
+        )
+
+
+def _gradient_labels(fn: Function, arrays: Sequence[Any]) -> list[str]:
+    labels = input_names(fn, len(arrays))
+    return [f"gradient of {n}" for n, a in zip(labels, arrays, strict=True) if is_floating(a)]
+
+
+def _placed(arrays: Sequence[Any], device: str) -> list[Any]:
+    return [None if a is None else backend.to_device(a, device) for a in arrays]
+
+
+def _host(arrays: Sequence[Any]) -> list[np.ndarray]:
+    return [backend.to_numpy(a) for a in arrays]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    a, b = _host((a, b))
+    return bool(np.array_equal(a, b, equal_nan=backend.is_floating(b.dtype)))
+
+

@@ -1,0 +1,26 @@
+"""What a checker raises."""
+
+from __future__ import annotations
+
+
+class GradCheckError(AssertionError):
+    """A checker found a function wrong; the message says where, by how much and what to try.
+
+    >>> issubclass(GradCheckError, AssertionError)
+    True
+    """
+
+
+class Inconclusive(GradCheckError):
+    """A checker could not tell right from wrong at these inputs: a kink, or too coarse a resolution.
+
+    It is an error because a check that sees nothing must not pass. Tests that draw their inputs
+    reject such a draw and go on; a function for which every draw is rejected then fails.
+
+    >>> issubclass(Inconclusive, GradCheckError)
+    True
+    """
+
+
+class BlindCheckWarning(UserWarning):
+    """A check was asked for that cannot see certain faults, for example with a constant cotangent."""

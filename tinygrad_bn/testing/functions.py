@@ -1,0 +1,183 @@
+"""What the checkers difference: a user's function of Tensors, as functions of raw float64 arrays.
+
+`FirstOrder` is the function and its gradient. `SecondOrder` is the gradient and *its* gradient: the
+value comes from the ordinary backward pass on raw arrays and the derivative from `create_graph`, so
+that a rule that is right in one of the two worlds only is found out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn import backend
+from tinygrad_bn.autograd import TensorBase, grad, no_grad
+from tinygrad_bn.op import Op
+from tinygrad_bn.tensor import Tensor
+
+Array = Any
+Function = Callable[..., Any]
+
+
+def name_of(fn: Function) -> str:
+    """Return what messages call `fn`."""
+    return fn.name if isinstance(fn, Op) else getattr(fn, "__name__", type(fn).__name__)
+
+
+def input_names(fn: Function, count: int) -> tuple[str, ...]:
+    """Return what messages call the inputs of `fn`: parameter names where it has them.
+
+    >>> input_names(lambda x, *rest: x, 3)
+    ("input 0 ('x')", 'input 1', 'input 2')
+    """
+    names: list[str] = []
+    if isinstance(fn, Op):
+        names = list(fn.inputs)
+    else:
+        try:
+            parameters = inspect.signature(fn).parameters.values()
+        except (TypeError, ValueError):  # a callable that has no signature to read
+            parameters = ()
+        plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = [p.name for p in parameters if p.kind in plain]
+    return tuple(
+        f"input {i} ({names[i]!r})" if i < len(names) else f"input {i}" for i in range(count)
+    )
+
+
+def raw_inputs(inputs: Sequence[Any]) -> list[Array]:
+    """Return inputs (arrays, Tensors, numbers, None) as raw arrays and None."""
+    raw = (value.data if isinstance(value, TensorBase) else value for value in inputs)
+    return [None if value is None else backend.as_array(value) for value in raw]
+
+
+def is_floating(array: Array) -> bool:
+    """Return whether gradients can flow to `array`."""
+    return array is not None and backend.is_floating(array.dtype)
+
+
+def as_tuple(outputs: Any, name: str) -> tuple[Any, ...]:
+    """Return a function's output or outputs as a tuple of Tensors; TypeError if they are not."""
+    result = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+    for value in result:
+        if not isinstance(value, TensorBase):
+            raise TypeError(
+                f"{name}: it returned a {type(value).__name__}, expected a Tensor or a tuple of "
+                f"Tensors; compute with tinygrad_bn's ops and do not unwrap .data"
+            )
+    return result
+
+
+def tensors(arrays: Sequence[Array], requires_grad: bool) -> list[Any]:
+    """Return Tensors around raw arrays, floating ones requiring grad if asked; None stays None."""
+    return [
+        None if a is None else Tensor(a, requires_grad=requires_grad and is_floating(a))
+        for a in arrays
+    ]
+
+
+def pull_back(
+    outputs: Sequence[Any],
+    inputs: Sequence[Any],
+    cotangents: Sequence[Any],
+    create_graph: bool = False,
+) -> list[Any]:
+    """Return the gradient Tensors of the inputs that require grad, zeros where nothing leads there."""
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    live = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    found: Sequence[Any] = [None] * len(wanted)
+    if live:
+        found = grad(
+            [o for o, _ in live],
+            wanted,
+            [g for _, g in live],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    return [
+        Tensor(backend.array_module(t.data).zeros_like(t.data)) if g is None else g
+        for t, g in zip(wanted, found, strict=True)
+    ]
+
+
+class FirstOrder:
+    """`fn` and its gradient, for inputs that are raw arrays (float64 where they can vary)."""
+
+    def __init__(self, fn: Function, inputs: Sequence[Any]):
+        self.fn = fn
+        self.name = name_of(fn)
+        raw = raw_inputs(inputs)
+        self.device = [None if a is None else backend.device_of(a) for a in raw]
+        self.inputs = [_wide(a) for a in raw]
+        self.free = [i for i, a in enumerate(self.inputs) if is_floating(a)]
+        self.names = input_names(fn, len(raw))
+
+    def call(self, arrays: Sequence[Array], requires_grad: bool) -> tuple[list[Any], list[Any]]:
+        """Return the input Tensors and the floating output Tensors."""
+        placed = [
+            a if a is None or device == "cpu" else backend.to_device(a, device)
+            for a, device in zip(arrays, self.device, strict=True)
+        ]
+        ts = tensors(placed, requires_grad)
+        outputs = as_tuple(self.fn(*ts), self.name)
+        return ts, [o for o in outputs if backend.is_floating(o.dtype)]
+
+    def value(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+        """Return the floating outputs as NumPy arrays."""
+        with no_grad():
+            _, outputs = self.call(arrays, False)
+        return [o.numpy() for o in outputs]
+
+    def complex_value(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+        """Return the outputs for arrays of which one is complex."""
+        with no_grad():
+            outputs = as_tuple(self.fn(*tensors(arrays, False)), self.name)
+        raw = [o.numpy() for o in outputs]
+        if not any(o.dtype.kind == "c" for o in raw):
+            raise TypeError(
+                f"{self.name}: it returned {[str(o.dtype) for o in raw]} for a complex input, so a "
+                f"complex step cannot differentiate it; use another mode"
+            )
+        return [o for o in raw if o.dtype.kind in "fc"]
+
+    def gradient(self, arrays: Sequence[Array], cotangents: Sequence[Array]) -> list[np.ndarray]:
+        """Return the gradients of Σ <cotangent, output> for the free inputs."""
+        ts, outputs = self.call(arrays, True)
+        return [g.numpy() for g in pull_back(outputs, ts, cotangents)]
+
+
+class SecondOrder:
+    """The gradient of `fn` as a function of its inputs and cotangents, and the gradient of that."""
+
+    def __init__(self, fn: Function, inputs: Sequence[Any], cotangents: Sequence[Array]):
+        self.first = FirstOrder(fn, inputs)
+        self.name = f"gradient of {self.first.name}"
+        self.count = len(self.first.inputs)
+        self.inputs = [*self.first.inputs, *cotangents]
+        self.free = [*self.first.free, *range(self.count, len(self.inputs))]
+        self.names = (
+            *self.first.names,
+            *(f"cotangent of output {i}" for i in range(len(cotangents))),
+        )
+
+    def value(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+        """Return the gradients of the free inputs, by the ordinary backward pass."""
+        return self.first.gradient(arrays[: self.count], arrays[self.count :])
+
+    def gradient(self, arrays: Sequence[Array], cotangents: Sequence[Array]) -> list[np.ndarray]:
+        """Return the gradients of Σ <cotangent, gradient>, by differentiating the backward pass."""
+        ts, outputs = self.first.call(arrays[: self.count], True)
+        gs = [Tensor(g, requires_grad=True) for g in arrays[self.count :]]
+        grads = pull_back(outputs, ts, gs, create_graph=True)
+        return [g.numpy() for g in pull_back(grads, [*ts, *gs], cotangents)]
+
+
+def _wide(array: Array) -> Array:
+    """Return a private copy on the host, floats as float64: differences need its digits."""
+    if array is None:
+        return None
+    array = backend.to_numpy(array)
+    return array.astype(np.float64 if is_floating(array) else array.dtype, order="K", copy=True)

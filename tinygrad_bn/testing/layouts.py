@@ -1,0 +1,73 @@
+"""Memory layouts: the same array of numbers, arranged otherwise in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to lay out an array: `layout(x)` is equal to x and has memory of its own.
+
+    keeps_values: False for zero strides, which repeat the first entry along an axis.
+    """
+
+    name: str
+    arrange: Callable[[np.ndarray], np.ndarray]
+    keeps_values: bool = True
+
+    def __call__(self, array: np.ndarray) -> np.ndarray:
+        return self.arrange(array)
+
+    def __repr__(self) -> str:
+        return f"<layout {self.name}>"
+
+
+def _permuted(x: np.ndarray) -> np.ndarray:
+    """Return x with its last axis outermost in memory, as NHWC is to NCHW."""
+    if x.ndim < 2:
+        return x.copy()
+    return np.moveaxis(np.ascontiguousarray(np.moveaxis(x, -1, 0)), 0, -1)
+
+
+def _negative(x: np.ndarray) -> np.ndarray:
+    return np.flip(np.flip(x).copy())
+
+
+def _strided(x: np.ndarray) -> np.ndarray:
+    """Return x with a gap behind every entry of its last axis, and unequal values in the gaps."""
+    if x.ndim == 0:
+        return x.copy()
+    wide = np.repeat(x, 2, axis=-1)
+    wide[..., 1::2] = 1
+    return wide[..., ::2]
+
+
+def _read_only(x: np.ndarray) -> np.ndarray:
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+def _zero_strides(x: np.ndarray) -> np.ndarray:
+    """Return the first entry along axis 0, repeated by a stride of 0 (read-only, as broadcast_to)."""
+    return np.broadcast_to(x[:1].copy(), x.shape) if x.ndim else x.copy()
+
+
+def _zero_strides_last(x: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(x[..., :1].copy(), x.shape) if x.ndim else x.copy()
+
+
+LAYOUTS = (
+    Layout("C", lambda x: np.array(x, order="C")),
+    Layout("Fortran", lambda x: np.array(x, order="F")),
+    Layout("permuted", _permuted),
+    Layout("negative strides", _negative),
+    Layout("strided", _strided),
+    Layout("read-only", _read_only),
+    Layout("zero strides", _zero_strides, keeps_values=False),
+    Layout("zero strides, last axis", _zero_strides_last, keeps_values=False),
+)

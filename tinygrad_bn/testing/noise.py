@@ -1,0 +1,74 @@
+"""Rounding noise, measured rather than guessed: what a few units in the last place of the inputs do.
+
+A computation cannot be more accurate than its answer to inputs that are rounded differently; so how
+far the answer moves under such a change is the tolerance that conditioning alone asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn import backend
+
+Array = Any
+
+
+def nudged(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return `array` with every entry moved by -2 to 2 units in the last place, in the same layout.
+
+    >>> x = np.ones(3)
+    >>> bool(np.all(np.abs(nudged(x, np.random.default_rng(0)) - 1) <= 4.5e-16))
+    True
+    """
+    epsilon = backend.machine_epsilon(array.dtype)
+    ulps = rng.integers(-2, 3, array.shape)
+    # Computed in float64 and rounded once, so that a narrow dtype moves by whole units too.
+    moved = array.astype(np.float64) * (1 + epsilon * ulps)
+    result = np.empty_like(array)
+    np.copyto(result, moved, casting="same_kind")
+    return result
+
+
+def nudged_all(arrays: Sequence[Array], rng: np.random.Generator) -> list[Array]:
+    """Return every floating array nudged, the others as they are."""
+    return [
+        nudged(a, rng) if a is not None and backend.is_floating(a.dtype) else a for a in arrays
+    ]
+
+
+def spread(
+    function: Callable[[Sequence[Array]], Sequence[np.ndarray]],
+    arrays: Sequence[Array],
+    at: Sequence[np.ndarray],
+    draws: int = 3,
+    seed: int = 0,
+) -> list[float]:
+    """Return, for each array that `function` returns, how far nudged inputs move it (max norm).
+
+    at: what `function` returns for `arrays` themselves.
+    """
+    rng = np.random.default_rng(seed)
+    widest = [0.0] * len(at)
+    for _ in range(draws):
+        for i, (moved, here) in enumerate(zip(function(nudged_all(arrays, rng)), at, strict=True)):
+            if here.size:
+                apart = np.abs(moved.astype(np.float64) - here.astype(np.float64))
+                finite = apart[np.isfinite(apart)]
+                widest[i] = max(widest[i], float(finite.max()) if finite.size else 0.0)
+    return widest
+
+
+def rounding_tolerance(want: np.ndarray, moved_by: float) -> float:
+    """Return how far two right computations of `want` may lie apart (max norm).
+
+    16 times what nudging the inputs does (the largest of three draws, and intermediate results are
+    rounded too), plus the rounding of sums taken in another order: ε per level of a pairwise sum.
+    """
+    finite = want[np.isfinite(want)]
+    largest = float(np.abs(finite).max()) if finite.size else 0.0
+    epsilon = backend.machine_epsilon(want.dtype)
+    return 16 * moved_by + 8 * epsilon * largest * (1 + math.log2(1 + want.size))

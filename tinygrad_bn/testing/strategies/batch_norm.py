@@ -1,0 +1,186 @@
+"""Inputs for batch norm, over the whole range in which it must be right."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from tinygrad_bn import backend
+from tinygrad_bn.testing.strategies.arrays import seeds
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BatchNormInputs:
+    """What `F.batch_norm` takes, and a cotangent for what it returns.
+
+    x, cotangent: any rank from 2 to 5, C channels along `axis`.
+    weight, bias: (C,), or None. running_mean, running_var: (C,).
+    """
+
+    x: np.ndarray
+    weight: np.ndarray | None
+    bias: np.ndarray | None
+    running_mean: np.ndarray
+    running_var: np.ndarray
+    training: bool
+    momentum: float
+    eps: float
+    cotangent: np.ndarray
+    axis: int
+
+    @property
+    def channels(self) -> int:
+        """The number of channels."""
+        return self.x.shape[self.axis]
+
+    @property
+    def count(self) -> int:
+        """The number of values per channel, m."""
+        return self.x.size // self.channels
+
+    @property
+    def reduced_axes(self) -> tuple[int, ...]:
+        """The axes that the statistics are taken over."""
+        return tuple(a for a in range(self.x.ndim) if a != self.axis % self.x.ndim)
+
+
+@st.composite
+def batch_norm_inputs(
+    draw: st.DrawFn,
+    *,
+    shape: Shape | None = None,
+    axis: int | None = None,
+    dtype: Any = "float64",
+    training: bool | None = None,
+    affine: bool | None = None,
+    max_ratio: float = 1e6,
+) -> BatchNormInputs:
+    """Return a strategy for `BatchNormInputs`; what is given is fixed, the rest is drawn.
+
+    axis: 1 or -1. affine: whether there are weight and bias.
+    max_ratio: the largest |offset| / spread.
+
+    The spread of x is 1e-3 to 1e3, its offset up to `max_ratio` spreads, each channel with its own
+    within a factor of about 10; eps goes from 1e-8 to 1e8 times the variance; the weight has zeros.
+    Every channel has at least three values and a variance, and no cotangent is constant.
+
+    >>> from hypothesis import find
+    >>> drawn = find(batch_norm_inputs(), lambda inputs: True)
+    >>> drawn.x.shape, drawn.training
+    ((3, 1), True)
+    """
+    if shape is None:
+        axis = draw(st.sampled_from((1, -1))) if axis is None else axis
+        shape = _draw_shape(draw, axis)
+    else:
+        axis = 1 if axis is None else axis
+    channels = shape[axis]
+    spread = 10.0 ** draw(st.integers(-3, 3))
+    ratio = draw(st.sampled_from([0.0, 1.0, -10.0, 1e3, -1e4, 1e6]))
+    ratio = math.copysign(min(abs(ratio), max_ratio), ratio)
+    # Relative to the variance: as most people have it; far below; far above.
+    eps = draw(st.sampled_from([1e-5, 1e-8, 1e-3, 1.0, 1e4, 1e8])) * spread**2
+    momentum = draw(st.sampled_from([0.1, 0.0, 0.5, 1.0]))
+    training = draw(st.sampled_from([True, False])) if training is None else training
+    affine = draw(st.sampled_from([True, True, True, False])) if affine is None else affine
+    weights = draw(st.sampled_from(["drawn", "with zeros", "zero", "one"]))
+    rng = np.random.default_rng(draw(seeds()))
+    return _assemble(
+        rng, shape, axis, dtype, spread, ratio, eps, momentum, training, affine, weights
+    )
+
+
+@st.composite
+def degenerate_batch_norm_inputs(draw: st.DrawFn, *, dtype: Any = "float64") -> BatchNormInputs:
+    """Return a strategy for the cases that `batch_norm_inputs` leaves out.
+
+    Constant channels (zero variance, up to 1e6 in size), one or two values per channel, constant and
+    zero cotangents.
+
+    >>> from hypothesis import find
+    >>> find(degenerate_batch_norm_inputs(), lambda inputs: inputs.count == 1).x.shape
+    (1, 1)
+    """
+    kind = draw(st.sampled_from(["few values", "constant channel", "constant x", "cotangent"]))
+    axis = draw(st.sampled_from((1, -1)))
+    shape = _draw_shape(draw, axis)
+    if kind == "few values":
+        channels = shape[axis]
+        batch = draw(st.integers(1, 2))
+        rest = [1] * (len(shape) - 2)
+        shape = (batch, channels, *rest) if axis == 1 else (batch, *rest, channels)
+    rng = np.random.default_rng(draw(seeds()))
+    offset = draw(st.sampled_from([0.0, 1.0, -1e3, 1e6]))
+    # Not so few values that their deviation cannot be normalised: that is not wanted here.
+    drawn = _assemble(
+        rng, shape, axis, dtype, 1.0, offset, 1e-5, 0.1, True, True, "with zeros", kind != "few values"
+    )
+    x, cotangent = drawn.x.copy(), drawn.cotangent.copy()
+    if kind == "constant channel":
+        np.moveaxis(x, axis, 0)[0] = offset
+    elif kind == "constant x":
+        x[...] = offset
+    elif kind == "cotangent":
+        cotangent[...] = draw(st.sampled_from([0.0, 1.0]))
+    return BatchNormInputs(**{**vars(drawn), "x": x, "cotangent": cotangent})
+
+
+def _draw_shape(draw: st.DrawFn, axis: int) -> Shape:
+    """Return a shape of rank 2 to 5 with at least three values per channel."""
+    channels = draw(st.integers(1, 4))
+    spatial = draw(st.lists(st.integers(1, 4), max_size=3))
+    # The batch makes up what the other axes lack to three.
+    least = -(-3 // math.prod(spatial))
+    batch = draw(st.integers(least, least + 4))
+    return (batch, channels, *spatial) if axis == 1 else (batch, *spatial, channels)
+
+
+def _assemble(
+    rng: np.random.Generator,
+    shape: Shape,
+    axis: int,
+    dtype: Any,
+    spread: float,
+    ratio: float,
+    eps: float,
+    momentum: float,
+    training: bool,
+    affine: bool,
+    weights: str,
+    normalise: bool = True,
+) -> BatchNormInputs:
+    """Return inputs expanded from `rng`, each channel with exactly the deviation it should have."""
+    ndim, channels = len(shape), shape[axis]
+    others = tuple(a for a in range(ndim) if a != axis % ndim)
+    kept = tuple(channels if a == axis % ndim else 1 for a in range(ndim))
+    z = rng.standard_normal(shape)
+    if normalise:
+        z -= z.mean(others, keepdims=True)
+        z /= np.sqrt(np.mean(z * z, others, keepdims=True))
+    spreads = spread * 10.0 ** rng.uniform(-0.5, 0.5, kept)
+    x = spreads * z + ratio * spread * rng.uniform(0.5, 1.0, kept)
+    weight = {
+        "drawn": rng.uniform(0.5, 1.5, channels) * rng.choice((-1.0, 1.0), channels),
+        "with zeros": rng.uniform(-2.0, 2.0, channels) * (rng.random(channels) < 0.5),
+        "zero": np.zeros(channels),
+        "one": np.ones(channels),
+    }[weights]
+    cast = backend.as_dtype(dtype)
+    return BatchNormInputs(
+        x=x.astype(cast),
+        weight=weight.astype(cast) if affine else None,
+        bias=rng.uniform(-2.0, 2.0, channels).astype(cast) if affine else None,
+        running_mean=(ratio * spread + spread * rng.uniform(-1, 1, channels)).astype(cast),
+        running_var=(spread**2 * rng.uniform(0.5, 2.0, channels)).astype(cast),
+        training=training,
+        momentum=momentum,
+        eps=float(eps),
+        cotangent=(rng.uniform(0.5, 1.5, shape) * rng.choice((-1.0, 1.0), shape)).astype(cast),
+        axis=axis,
+    )
