@@ -1,13 +1,14 @@
 """The tape and the walk back along it.
 
-Every op applied to a Tensor that requires grad leaves a `Node`: which op it was, the nodes or leaves
-its inputs came from, and the few arrays its derivative rule asked to keep. `backward` collects the
-nodes behind an output, visits them newest first (a node is always newer than its inputs, so this is
-a topological order and needs no recursion), and hands each node's cotangent to its rule.
+Every op applied to a Tensor that requires grad leaves a `Node`: which op it was, the nodes or
+leaves its inputs came from, and the few arrays its derivative rule asked to keep. `backward`
+collects the nodes behind an output, visits them newest first (a node is always newer than its
+inputs, so this is a topological order and needs no recursion), and hands each node's cotangent to
+its rule.
 
 A rule is written once. In an ordinary backward pass it receives raw arrays; under
-`create_graph=True` it receives Tensors that are still attached to the graph, and what it computes is
-recorded in its turn: gradients of gradients need no code of their own.
+`create_graph=True` it receives Tensors that are still attached to the graph, and what it computes
+is recorded in its turn: gradients of gradients need no code of their own.
 
 Nothing in this file knows the name of any op.
 """
@@ -17,8 +18,9 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from operator import attrgetter
 from types import TracebackType
@@ -81,10 +83,21 @@ class Node:
     shape, dtype: of the output; tuples of them for several outputs.
     saved: for each rule of the op, the values it asked for; None once freed.
     guards: `(input index, version list, writes seen)` for every saved Tensor (-1: the output).
-    retained: a weak reference to a Tensor that wants its gradient kept, or None.
+    retained: a weak reference to the Tensor that wants its gradient kept, or None; for several
+        outputs, such references by index.
     """
 
-    __slots__ = ("__weakref__", "age", "dtype", "guards", "op", "parents", "retained", "saved", "shape")
+    __slots__ = (
+        "__weakref__",
+        "age",
+        "dtype",
+        "guards",
+        "op",
+        "parents",
+        "retained",
+        "saved",
+        "shape",
+    )
 
     def __init__(self, op: Op, parents: tuple[Any, ...], shape: Any, dtype: Any):
         self.op = op
@@ -117,17 +130,39 @@ class Node:
 
 
 class Output:
-    """One output of a Node that has several: it files its cotangent under its index."""
+    """The place of one output of a Node that has several: it files its cotangent under its index.
 
-    __slots__ = ("__weakref__", "age", "dtype", "index", "parents", "retained", "shape")
+    Two of the same node and index are one place.
+    """
+
+    __slots__ = ("__weakref__", "age", "dtype", "index", "parents", "shape")
 
     def __init__(self, node: Node, index: int):
-        self.parents = (node,)
+        self.parents: tuple[Node] = (node,)
         self.index = index
         self.shape = node.shape[index]
         self.dtype = node.dtype[index]
-        self.retained: Any = None
-        self.age = _next_age()
+        self.age = node.age + 0.5  # older than all that uses it, whenever it is made
+
+    @property
+    def retained(self) -> Any:
+        """A weak reference to the Tensor that wants its gradient kept, or None."""
+        return (self.parents[0].retained or {}).get(self.index)
+
+    @retained.setter
+    def retained(self, reference: Any) -> None:
+        (node,) = self.parents
+        node.retained = {**(node.retained or {}), self.index: reference}
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            type(other) is Output
+            and other.parents[0] is self.parents[0]
+            and other.index == self.index
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.parents[0]), self.index))
 
 
 # --- grad mode -------------------------------------------------------------------------------
@@ -172,6 +207,19 @@ class _GradMode:
             def wrapper(*args: Any, **kwargs: Any) -> Any:
                 return _stepwise(mode, function(*args, **kwargs))
 
+        elif inspect.isasyncgenfunction(function):
+
+            @functools.wraps(function)
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                return _stepwise_async(mode, function(*args, **kwargs))
+
+        elif inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def wrapper(*args: Any, **kwargs: Any) -> Any:
+                with mode():
+                    return await function(*args, **kwargs)
+
         else:
 
             @functools.wraps(function)
@@ -199,6 +247,25 @@ def _stepwise(mode: type[_GradMode], generator: Any) -> Any:
             raise
         except BaseException as error:
             step, value = generator.throw, error
+
+
+async def _stepwise_async(mode: type[_GradMode], generator: Any) -> Any:
+    """Do for an asynchronous generator what `_stepwise` does for a generator."""
+    step, value = generator.asend, None
+    while True:
+        try:
+            with mode():
+                result = await step(value)
+        except StopAsyncIteration:
+            return
+        try:
+            step, value = generator.asend, (yield result)
+        except GeneratorExit:
+            with mode():
+                await generator.aclose()
+            raise
+        except BaseException as error:
+            step, value = generator.athrow, error
 
 
 class no_grad(_GradMode):  # noqa: N801  (a context manager, named as users know it)
@@ -246,11 +313,11 @@ def backward(
     seed = _seed("backward", output, gradient, create_graph)
     roots = [(_place(output), seed)]
     leaves: dict[Any, Any] = {}
-    handed_out = {id(seed)}
     _walk(roots, None, leaves, create_graph, create_graph if retain_graph is None else retain_graph)
-    for leaf, g in leaves.items():
+    while leaves:
+        leaf, g = leaves.popitem()
         if leaf.grad is None:
-            leaf.grad = _own(g, handed_out)
+            leaf.grad = _own(g, sys.getrefcount(g))
         elif create_graph or leaf.grad.requires_grad:
             leaf.grad = leaf.grad + g
         else:
@@ -280,7 +347,7 @@ def grad(
 
     >>> import tinygrad_bn as tg
     >>> x = tg.tensor([2.0], requires_grad=True)
-    >>> (g,) = tg.grad(x ** 3, x, create_graph=True)
+    >>> (g,) = tg.grad(x**3, x, create_graph=True)
     >>> (h,) = tg.grad(g, x)
     >>> g.item(), h.item()
     (12.0, 12.0)
@@ -292,7 +359,9 @@ def grad(
     for name, tensors in (("outputs", outputs), ("inputs", inputs)):
         for i, tensor in enumerate(tensors):
             if not isinstance(tensor, TensorBase):
-                raise TypeError(f"grad: {name}[{i}] is a {type(tensor).__name__}, expected a Tensor")
+                raise TypeError(
+                    f"grad: {name}[{i}] is a {type(tensor).__name__}, expected a Tensor"
+                )
             if not tensor.requires_grad:
                 raise RuntimeError(
                     f"grad: {name}[{i}] does not require grad; call requires_grad_() on it before "
@@ -302,19 +371,28 @@ def grad(
         (_place(output), _seed("grad", output, seed, create_graph))
         for output, seed in zip(outputs, seeds, strict=True)
     ]
-    handed_out = {id(seed) for _, seed in roots}
     targets = {_place(tensor) for tensor in inputs}
     found: dict[Any, Any] = {}
-    _walk(roots, targets, found, create_graph, create_graph if retain_graph is None else retain_graph)
-    results = []
+    _walk(
+        roots, targets, found, create_graph, create_graph if retain_graph is None else retain_graph
+    )
+    results: dict[Any, Any] = {}
     for i, tensor in enumerate(inputs):
-        g = found.get(_place(tensor))
+        place = _place(tensor)
+        if place in results:
+            continue
+        g = found.pop(place, None)
         if g is None and not allow_unused:
             raise RuntimeError(
                 f"grad: no output depends on inputs[{i}]; pass allow_unused=True to get None for it"
             )
-        results.append(None if g is None else _own(g, handed_out))
-    return tuple(results)
+        results[place] = None if g is None else _own(g, sys.getrefcount(g))
+    places = [_place(tensor) for tensor in inputs]
+    first = {place: i for i, place in reversed(list(enumerate(places)))}
+    return tuple(
+        results[place] if first[place] == i or results[place] is None else results[place].copy()
+        for i, place in enumerate(places)
+    )
 
 
 def _walk(
@@ -337,7 +415,7 @@ def _walk(
             g = pending.pop(node, None)
             if g is None:
                 continue
-            if node.retained is not None:
+            if node.retained is not None and type(g) is not list:
                 _retain(node, g)
             needs = None
             if targets is not None:
@@ -348,8 +426,7 @@ def _walk(
                     continue
             if type(node) is Output:
                 (parent,) = node.parents
-                filed = pending.setdefault(parent, [None] * len(parent.shape))
-                filed[node.index] = g
+                pending.setdefault(parent, [None] * len(parent.shape))[node.index] = g
                 continue
             if type(g) is list:
                 g = _complete(node, g, create_graph)
@@ -357,7 +434,7 @@ def _walk(
             grads = node.op.pull_back(node, g, needs, create_graph)
             for parent, h in zip(node.parents, grads, strict=True):
                 if h is not None and parent is not None:
-                    _add(pending, parent, h)
+                    _add(pending, parent, h, node)
             if not retain_graph:
                 node.free()
     # What is left has no node to pass it on: the leaves.
@@ -385,14 +462,27 @@ def _leading_to(order: list[Any], targets: set[Any]) -> set[Any]:
     return leading
 
 
-def _add(pending: dict[Any, Any], place: Any, g: Any) -> None:
+def _add(pending: dict[Any, Any], place: Any, g: Any, source: Any = None) -> None:
     """Add `g`, in the dtype of `place` and summed to its shape, to what has reached `place`."""
     if g.shape != place.shape:
+        if not _is_broadcast(place.shape, g.shape):
+            raise ValueError(
+                f"{source.op.name}: its derivative rule returned a cotangent of shape {g.shape} for "
+                f"an input of shape {place.shape}; it must have that shape, or one that the input "
+                f"was broadcast to"
+            )
         g = sum_to_shape(g, place.shape)
     if g.dtype != place.dtype:
         g = g.astype(place.dtype)
     before = pending.get(place)
     pending[place] = g if before is None else before + g
+
+
+def _is_broadcast(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Return whether `shape` broadcasts to `to`."""
+    return len(shape) <= len(to) and all(
+        n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False)
+    )
 
 
 def sum_to_shape(g: Any, shape: tuple[int, ...]) -> Any:
@@ -439,38 +529,54 @@ def _seed(name: str, output: TensorBase, gradient: Any, create_graph: bool) -> A
         raw = array_module(data).asarray(raw, dtype=data.dtype)
     if raw.shape != data.shape:
         raise ValueError(
-            f"{name}: the gradient has shape {raw.shape}, the output {data.shape}; they must be equal"
+            f"{name}: the gradient has shape {raw.shape}, the output {data.shape}; make them equal"
         )
     if not create_graph:
         return raw
     return gradient if is_tensor else new_tensor(as_array(raw))
 
 
-def _own(g: Any, handed_out: set[int]) -> Any:
+def _own(g: Any, references: int) -> Any:
     """Return cotangent `g` as a Tensor whose memory nothing else uses.
 
-    A rule may pass its cotangent through or return a view of it, so `g` is copied unless it is
-    visibly its own array that was not handed out before.
+    A rule may pass its cotangent through, or return a view or a saved array. So `g` is copied,
+    unless it is an array of its own that only the caller's variable refers to.
     """
     if isinstance(g, TensorBase):
-        if id(g) in handed_out or getattr(g.data, "base", None) is not None:
-            g = g.copy()  # pyrefly: ignore
-        handed_out.add(id(g))
-        return g
+        return g.copy()  # pyrefly: ignore
     if type(g) not in ARRAY_TYPES:
         g = as_array(g)
-    if id(g) in handed_out or g.base is not None:
+    elif references > _REFERENCES_OF_A_VARIABLE or g.base is not None:
         g = g.copy()
-    handed_out.add(id(g))
     return new_tensor(g)
+
+
+def _references_of_a_variable() -> int:
+    g = object()
+    return sys.getrefcount(g)
+
+
+# What `sys.getrefcount(g)` gives where nothing but the local variable g refers to an object: 2, or 1
+# in later versions of Python.
+_REFERENCES_OF_A_VARIABLE = _references_of_a_variable()
 
 
 def retain_grad(tensor: TensorBase) -> None:
     """Have backward passes fill `.grad` of `tensor` too, although an op made it."""
     if not tensor.requires_grad:
-        raise RuntimeError("retain_grad: this Tensor does not require grad, so it will receive none")
+        raise RuntimeError(
+            "retain_grad: this Tensor does not require grad, so it will receive none"
+        )
     if tensor.node is not None:
         tensor.node.retained = weakref.ref(tensor)
+
+
+def rebase(tensor: TensorBase, node: Any) -> None:
+    """Make `node` the history of `tensor`, which was written in place."""
+    before = tensor.node
+    if before is not None and before.retained is not None and before.retained() is tensor:
+        before.retained, node.retained = None, before.retained
+    tensor.node, tensor.requires_grad = node, True
 
 
 def _retain(node: Any, g: Any) -> None:

@@ -31,7 +31,7 @@ def tensor(
     >>> import numpy as np
     >>> array = np.zeros(2)
     >>> t = tensor(array)
-    ... array[:] = 1
+    >>> array[:] = 1
     >>> t
     Tensor([0., 0.], dtype=float64)
     """
@@ -170,9 +170,9 @@ def randn(
 
     >>> import tinygrad_bn as tg
     >>> tg.manual_seed(0)
-    ... x = tg.randn(3)
+    >>> x = tg.randn(3)
     >>> tg.manual_seed(0)
-    ... bool((x == tg.randn(3)).min())
+    >>> bool((x == tg.randn(3)).min())
     True
     """
     array = _raw.normal(0.0, 1.0, _shape("randn", shape), dtype, device)

@@ -1,4 +1,4 @@
-"""Sample domains: plain data that says on which inputs an op must be right, and where its kinks are.
+"""Sample domains: plain data that says on which inputs an op must be right, and its kinks.
 
 A domain stands beside the op it describes; `testing.strategies` turns it into arrays. Nothing here
 draws, computes or imports anything.

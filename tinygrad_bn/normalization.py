@@ -73,20 +73,20 @@ def batch_norm(
     if not eps >= 0:
         raise ValueError(f"batch_norm: eps is {eps}, expected a number >= 0")
     if not training and running_mean is not None:
-        return _ops.batch_norm_given(
-            x, running_mean, running_var, weight, bias, axis=axes, eps=eps
-        )
+        return _ops.batch_norm_given(x, running_mean, running_var, weight, bias, axis=axes, eps=eps)
     m = _ops.values_per_channel(x.shape, axes)
     if m == 1 and math.prod(channels) > 0:
         raise ValueError(
-            f"batch_norm: x of shape {tuple(x.shape)} has one value per channel (axis {axis}), whose "
-            f"variance is 0 whatever it is; use a larger batch, or training=False with running "
+            f"batch_norm: x of shape {tuple(x.shape)} has one value per channel (axis {axis}), "
+            f"whose variance is 0 whatever it is; use a larger batch, or training=False with running "
             f"statistics"
         )
     out, statistics = _ops.batch_norm.call_with_residuals(x, weight, bias, axis=axes, eps=eps)
     if running_mean is not None and m > 0:
         update_running(running_mean, statistics["mean"], momentum)
-        unbiased = statistics["var"] * (m / (m - correction)) if m > correction else statistics["var"]
+        unbiased = (
+            statistics["var"] * (m / (m - correction)) if m > correction else statistics["var"]
+        )
         update_running(running_var, unbiased, momentum)
     return out
 

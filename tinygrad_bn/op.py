@@ -21,11 +21,12 @@ input's dtype. Where inputs share no work, one rule per input is shorter and kee
 
     multiply.def_vjp(x=lambda g, y: g * y, y=lambda g, x: g * x)
 
-Under `create_graph` the same rule receives Tensors. Floating residuals are then None: they depend on
-the inputs, so the rule computes them again with ops (freezing them is the classic second-order bug).
+Under `create_graph` the same rule receives Tensors. Floating residuals are then None: they depend
+on the inputs, so the rule computes them again with ops (freezing them is the classic second-order
+bug).
 
-An op may name fused kernels: code for raw arrays that may answer instead of the forward or the rule,
-or decline with NotImplemented. The generic form is the definition.
+An op may name fused kernels: code for raw arrays that may answer instead of the forward or the
+rule, or decline with NotImplemented. The generic form is the definition.
 
 Nothing in this file knows the name of any op.
 """
@@ -66,11 +67,14 @@ def op(
 
     >>> import tinygrad_bn as tg
     >>> @tg.op
-    ... def cube(x): return x * x * x
+    ... def cube(x):
+    ...     return x * x * x
     >>> @cube.def_vjp
-    ... def _(g, x): return (3 * g * x * x,)
+    ... def _(g, x):
+    ...     return (3 * g * x * x,)
     >>> x = tg.tensor([2.0], requires_grad=True)
-    >>> cube(x).backward(); x.grad.item()
+    >>> cube(x).backward()
+    ... x.grad.item()
     12.0
     """
 
@@ -160,6 +164,8 @@ class Op:
                 tensors = True
                 if arg.requires_grad:
                     recording = True
+                if arg.view_of is not None and arg.view_of != arg.version[1]:
+                    self._refuse_stale_view()
                 arrays.append(arg.data)
             else:
                 arrays.append(arg)
@@ -188,7 +194,7 @@ class Op:
         """Return Tensor(s) around the raw `out` that remember how it was made from `args`."""
         many = type(out) is tuple
         dtype = tuple([o.dtype for o in out]) if many else out.dtype
-        if not is_floating(dtype[0] if many else dtype):
+        if not (any(map(is_floating, dtype)) if many else is_floating(dtype)):
             return tuple(map(new_tensor, out)) if many else new_tensor(out)
         if not self.rules:
             raise RuntimeError(
@@ -197,11 +203,16 @@ class Op:
             )
         if len(args) < len(self.inputs):
             args = (*args, *[None] * (len(self.inputs) - len(args)))
-        parents = tuple([self._parent(a) if isinstance(a, TensorBase) else None for a in args])
+        parents = tuple([_parent(a) for a in args])
         result: Any
         if many:
             node = Node(self, parents, tuple([o.shape for o in out]), dtype)
-            result = tuple([new_tensor(o, Output(node, i)) for i, o in enumerate(out)])
+            result = tuple(
+                [
+                    new_tensor(o, Output(node, i) if is_floating(o.dtype) else None)
+                    for i, o in enumerate(out)
+                ]
+            )
         else:
             node = Node(self, parents, out.shape, dtype)
             result = new_tensor(out, node)
@@ -229,10 +240,11 @@ class Op:
         if self.rules[0].target is None:
             needs = needs or [parent is not None for parent in node.parents]
             return self._joint_cotangents(node, kept[0], g, needs, as_tensors)
-        grads = [None] * len(node.parents)
+        grads: list[Any] = [None] * len(node.parents)
         for rule, saved in zip(self.rules, kept, strict=True):
-            if saved is not None and (needs is None or needs[rule.target]):
-                grads[rule.target] = rule.apply(node, saved, g, needs, as_tensors)
+            target: Any = rule.target
+            if saved is not None and (needs is None or needs[target]):
+                grads[target] = rule.apply(node, saved, g, needs, as_tensors)
         return grads
 
     def _joint_cotangents(
@@ -275,17 +287,13 @@ class Op:
                     return grads
         return None
 
-    def _parent(self, tensor: TensorBase) -> Any:
-        """Return where the cotangent of `tensor` goes: a node, a leaf, or None for nowhere."""
-        if tensor.view_of is not None and tensor.view_of != tensor.version[1]:
+    def _refuse_stale_view(self) -> None:
+        if is_grad_enabled():
             raise RuntimeError(
                 f"{self.name}: an input is a view of memory that was since assigned values that "
                 f"require grad, of which the view knows nothing; take the view again, after the "
                 f"assignment"
             )
-        if not tensor.requires_grad:
-            return None
-        return tensor if tensor.node is None else tensor.node
 
     def _noting_view(self, result: Any, args: Sequence[Any]) -> Any:
         """Return `result`, sharing the version of the first input if it shares its memory."""
@@ -308,6 +316,13 @@ class Op:
             )
         last = max(map(self.inputs.index, named), default=-1)
         return (*args, *(named.get(name) for name in self.inputs[len(args) : last + 1])), options
+
+
+def _parent(arg: Any) -> Any:
+    """Return where the cotangent of an input goes: a node, a leaf, or None for nowhere."""
+    if not isinstance(arg, TensorBase) or not arg.requires_grad:
+        return None
+    return arg if arg.node is None else arg.node
 
 
 def _proper(out: Any) -> Any:

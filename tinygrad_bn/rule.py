@@ -1,4 +1,4 @@
-"""How a derivative rule's parameter names become values: what a node keeps, and what a rule receives.
+"""How a rule's parameter names become values: what a node keeps, and what a rule receives.
 
 Each parameter of a rule is resolved once, when the rule is defined, to a *want*: an input, the
 output, a shape, an option, a residual. Wants read their values when the op has been called; `apply`
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinygrad_bn.autograd import Node, Output, TensorBase, new_tensor
-from tinygrad_bn.backend import device_of, is_floating
+from tinygrad_bn.backend import device_of
 
 if TYPE_CHECKING:
     from tinygrad_bn.op import Op
@@ -45,12 +45,15 @@ class Rule:
     ) -> Any:
         """Return what the rule makes of the cotangent `g` and the saved values."""
         if as_tensors:
-            saved = [want.attach(value, node) for want, value in zip(self.wants, saved, strict=True)]
+            saved = [
+                want.attach(value, node) for want, value in zip(self.wants, saved, strict=True)
+            ]
         if self.positional:
             return self.function(g, *saved)
         return self.function(**self.by_name(saved, g, needs))
 
     def by_name(self, saved: list[Any], g: Any, needs: Sequence[bool] | None) -> dict[str, Any]:
+        """Return the rule's arguments by name, as a kernel in its place takes them."""
         values = dict(zip(self.names, saved, strict=True), g=g)
         if self.takes_needs:
             values["needs"] = needs
@@ -79,7 +82,8 @@ class _Want:
     """One value that a rule asks for.
 
     `keep(node, args, options, result, residuals)` reads it when the op has been called, and guards
-    it on `node` if a later write could change it; `attach` turns it into what a rule on Tensors gets.
+    it on `node` if a later write could change it; `attach` turns it into what a rule on Tensors
+    gets.
     """
 
     def attach(self, value: Any, node: Node) -> Any:
@@ -116,13 +120,16 @@ class _Rest(_Want):
 class _Out(_Want):
     def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
         if type(result) is tuple:
-            return tuple(_guarded(tensor, -1, node) for tensor in result)
+            return tuple(_guarded(tensor, -1 - i, node) for i, tensor in enumerate(result))
         return _guarded(result, -1, node)
 
     def attach(self, value: Any, node: Node) -> Any:
         if type(value) is tuple:
-            return tuple(new_tensor(v, Output(node, i)) for i, v in enumerate(value))
-        return new_tensor(value, node)
+            return tuple(
+                _sharing_version(new_tensor(v, Output(node, i)), -1 - i, node)
+                for i, v in enumerate(value)
+            )
+        return _sharing_version(new_tensor(value, node), -1, node)
 
 
 class _Attribute(_Want):
@@ -160,16 +167,15 @@ class _Residual(_Want):
     def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
         if self.name not in residuals:
             raise TypeError(
-                f"{self.op_name}: its derivative rule asks for {self.name!r}, which is no input, no "
-                f"option and none of the residuals of its forward ({sorted(residuals)})"
+                f"{self.op_name}: its derivative rule asks for {self.name!r}, which is no input, "
+                f"no option and none of the residuals of its forward ({sorted(residuals)})"
             )
         return residuals[self.name]
 
     def attach(self, value: Any, node: Node) -> Any:
         # A floating residual depends on the inputs. Handing it out here would freeze it: right at
         # first order and wrong at second.
-        dtype = getattr(value, "dtype", None)
-        return None if dtype is not None and is_floating(dtype) else value
+        return value if _is_discrete(value) else None
 
 
 def _guarded(arg: Any, index: int, node: Node) -> Any:
@@ -181,14 +187,23 @@ def _guarded(arg: Any, index: int, node: Node) -> Any:
 
 def _attached(value: Any, index: int, node: Node) -> Any:
     parent = node.parents[index]
-    if parent is None:
-        return value
     if isinstance(parent, TensorBase):
         return parent
-    tensor = new_tensor(value, parent)
-    # Share the original's version, so that later writes are seen by what is recorded now.
+    if parent is None and all(i != index for i, _, _ in node.guards):
+        return value  # it came as a raw array or a number
+    return _sharing_version(new_tensor(value, parent), index, node)
+
+
+def _sharing_version(tensor: Any, index: int, node: Node) -> Any:
+    """Return `tensor` with the version of the original, so that what is recorded now sees writes."""
     tensor.version = next(version for i, version, _ in node.guards if i == index)
     return tensor
+
+
+def _is_discrete(value: Any) -> bool:
+    """Return whether a residual is integer or boolean, hence constant between the kinks."""
+    dtype = getattr(value, "dtype", None)
+    return isinstance(value, int) if dtype is None else dtype.kind in "iub"
 
 
 def _attribute(arg: Any, attribute: str) -> Any:

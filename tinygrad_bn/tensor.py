@@ -6,6 +6,7 @@ and what `multiply` means, forward and backward, stands in `ops/elementwise.py`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,6 +64,8 @@ class Tensor(TensorBase):
         self.node = None
         self.version = [0, 0]
         self.view_of = None
+        if isinstance(data, TensorBase) and backend.same_memory(array, data.data):
+            self._alias(data)
 
     # --- what it is ----------------------------------------------------------------------------
 
@@ -122,8 +125,10 @@ class Tensor(TensorBase):
 
     def node_name(self) -> str | None:
         """Return the name of the op that made this Tensor, None for a leaf."""
-        node = self.node
-        return None if node is None else getattr(node, "op", None or node.parents[0]).name
+        if self.node is None:
+            return None
+        node = self.node.parents[0] if isinstance(self.node, autograd.Output) else self.node
+        return node.op.name
 
     __hash__ = object.__hash__  # by identity, although == compares entries
 
@@ -146,8 +151,18 @@ class Tensor(TensorBase):
     def detach(self) -> Tensor:
         """Return a Tensor that shares the memory and takes no part in the graph."""
         tensor = new_tensor(self.data)
-        tensor.version = self.version
+        tensor._alias(self)
         return tensor
+
+    def _alias(self, other: TensorBase) -> None:
+        """Share the version of `other`, whose memory this Tensor shares."""
+        self.version = other.version
+        self.view_of = other.version[1]
+
+    def __copy__(self) -> Tensor:
+        twin = self.detach()
+        twin.requires_grad, twin.node = self.requires_grad, self.node
+        return twin
 
     def __float__(self) -> float:
         return float(self._single("float"))
@@ -156,7 +171,8 @@ class Tensor(TensorBase):
         return int(self._single("int"))
 
     def __index__(self) -> int:
-        return self._single("index").__index__()
+        value: Any = self._single("index")
+        return operator.index(value)
 
     def __bool__(self) -> bool:
         return bool(self._single("bool"))
@@ -278,8 +294,10 @@ class Tensor(TensorBase):
         written, but not with something that requires grad, of which its base would know nothing.
         """
         is_tensor = isinstance(value, TensorBase)
-        recording = is_grad_enabled() and (
-            self.requires_grad or (is_tensor and value.requires_grad)
+        recording = (
+            is_grad_enabled()
+            and (self.requires_grad or (is_tensor and value.requires_grad))
+            and backend.is_floating(self.dtype)
         )
         if recording and self.requires_grad and self.node is None:
             raise RuntimeError(
@@ -289,7 +307,8 @@ class Tensor(TensorBase):
         if recording and self.view_of is not None:
             raise RuntimeError(
                 "in-place write of something that requires grad to a view: the Tensor it was taken "
-                "from would not know; assign through that Tensor instead, base[index] = value"
+                "from would not know; assign through that Tensor instead, base[index] = value, or "
+                "write to a .copy()"
             )
         raw = value.data if is_tensor else value
         if recording:
@@ -297,7 +316,7 @@ class Tensor(TensorBase):
             before = _twin(self)
             result = op.record((before, value), self.data, options)
             write(self.data, raw)
-            self.node, self.requires_grad = result.node, True
+            autograd.rebase(self, result.node)
             self.version[1] += 1
         else:
             write(self.data, raw)
@@ -413,7 +432,7 @@ class Tensor(TensorBase):
         """Return max(x, 0)."""
         return _e.relu(self)
 
-    def clip(self, min: float | None = None, max: float | None = None) -> Tensor:  # noqa: A002
+    def clip(self, min: float | None = None, max: float | None = None) -> Tensor:
         """Return the entries limited to [min, max]."""
         return _e.clip(self, min=min, max=max)
 
@@ -491,6 +510,7 @@ def raw_array(data: Any, dtype: Any = None, device: str | None = None) -> Array:
         dtype = backend.as_dtype(dtype)
     if backend.is_array(data):
         array = backend.as_array(data)
+        backend.check_numbers(array, data)
         if dtype is not None and array.dtype != dtype:
             array = array.astype(dtype)
         return array if device is None else backend.to_device(array, device)
@@ -513,7 +533,7 @@ def _twin(tensor: Tensor) -> Tensor:
 
 def _sizes(arguments: tuple[Any, ...]) -> tuple[int, ...]:
     """Return `f(2, 3)` and `f((2, 3))` alike as (2, 3)."""
-    if len(arguments) == 1 and not isinstance(arguments[0], int):
+    if len(arguments) == 1 and not hasattr(arguments[0], "__index__"):
         return tuple(arguments[0])
     return arguments
 
@@ -521,7 +541,7 @@ def _sizes(arguments: tuple[Any, ...]) -> tuple[int, ...]:
 def _raw_index(index: Any) -> Any:
     """Return an index with the Tensors in it replaced by their arrays."""
     if isinstance(index, TensorBase):
-        return index.data
+        return index.data.copy()  # a later write must not move what the backward will look for
     if isinstance(index, tuple):
         return tuple(_raw_index(part) for part in index)
     return index

@@ -59,6 +59,14 @@ class Windows(NamedTuple):
         size = self.kernel[0] * self.kernel[1]
         return "uint8" if size <= 2**8 else "uint16" if size <= 2**16 else "int32"
 
+    def first_places(self) -> list[list[int]]:
+        """Return, for each row and column of windows, the first place that is not padding."""
+        rows, columns = (
+            [max(p - s * k, 0) for k in range(n)]
+            for p, s, n in zip(self.padding, self.stride, self.out, strict=True)
+        )
+        return [[i * self.kernel[1] + j for j in columns] for i in rows]
+
     def out_shape(self, channels: int) -> tuple[int, int, int, int]:
         """Return the shape of an output with `channels` channels, in this layout.
 

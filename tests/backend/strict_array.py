@@ -70,6 +70,9 @@ class StrictArray:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index):
+        index = index if type(index) is tuple else (index,)
+        if not any(part is Ellipsis for part in index):
+            index = (*index, Ellipsis)  # a single entry is a 0-d view, as CuPy's is, not a scalar
         return _wrap(self._data[_unwrap(index)], self)
 
     def __setitem__(self, index, value):

@@ -184,3 +184,22 @@ def test_in_place_writes_reach_the_other_array_type(strict_gpu):
 
     for ours, theirs in zip(written(np.array), written(strict), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("index", [1, (1,), (1, Ellipsis), slice(1, 2)])
+def test_an_entry_that_was_read_before_a_write_is_the_same_on_both_array_types(strict_gpu, index):
+    seen = []
+    for convert in (np.array, strict):
+        t = tg.Tensor(convert(np.arange(4.0)))
+        entry = t[index]
+        t[1] = 9.0
+        seen.append(entry.sum().item())
+    assert seen[0] == seen[1]
+
+
+def test_a_tensor_of_another_array_type_needs_no_conversion(strict_gpu):
+    t = tg.Tensor(strict(np.arange(4.0)))
+    assert t.dtype == np.float64
+    assert t.sum().item() == 6.0
+    assert [row.item() for row in t] == [0.0, 1.0, 2.0, 3.0]
+    assert float(t[1]) == 1.0

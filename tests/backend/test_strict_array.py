@@ -59,6 +59,7 @@ def test_base_says_whose_memory_a_view_has():
     a = strict(np.arange(6.0))
     assert a.base is None
     assert a[1:].base is a
+    assert a[0].base is a
     assert a.reshape(2, 3)[0].base is a
     assert xp.broadcast_to(a, (2, 6)).base is a
     assert a.copy().base is None

@@ -5,11 +5,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.ops.batch_norm_cases import cases, reference
 from tinygrad_bn.backend.kernels import use_kernels
 from tinygrad_bn.kernels.cpu import channel_blocks, numpy_batch_norm, numpy_batch_norm_given
 from tinygrad_bn.ops.batch_norm import batch_norm, batch_norm_given
-
-from tests.ops.batch_norm_cases import cases, reference
 
 (rule,) = (r.function for r in batch_norm.rules)
 

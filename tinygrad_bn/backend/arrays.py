@@ -7,7 +7,7 @@ library: they call `array_module(x)` and write `xp.exp(x)`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,24 +114,40 @@ def to_numpy(array: Array) -> np.ndarray:
 def from_python(data: Any, dtype: Any) -> np.ndarray:
     """Return numbers and nested lists of them as a NumPy array, in which Python floats are float32.
 
-    NumPy scalars and arrays inside the lists keep their precision.
+    NumPy scalars and arrays inside the lists keep their precision, and Python numbers beside them
+    are weak. TypeError for anything but numbers and for lists of unequal length.
     """
-    array = np.asarray(data, dtype=dtype)
-    if array.dtype == object:
-        raise TypeError(
-            f"Tensor: cannot make an array of numbers from {type(data).__name__} {data!r:.80}; "
-            f"expected numbers, or lists of equal length of them"
-        )
-    if dtype is None and array.dtype == np.float64 and not _has_numpy_values(data):
-        return array.astype(np.float32)
-    return array
+    try:
+        array = np.asarray(data)
+    except ValueError as error:  # ragged
+        raise _no_numbers(data) from error
+    check_numbers(array, data)
+    if dtype is None and array.dtype == np.float64:
+        found = set(_numpy_dtypes(data))
+        # np.float64 is a Python float too, so NumPy's values were asked for first.
+        dtype = np.result_type(*found, 1.0) if found else np.float32
+    return array if dtype is None else array.astype(dtype, copy=False)
 
 
-def _has_numpy_values(data: Any) -> bool:
-    # np.float64 is a Python float too: NumPy must be asked for first.
+def check_numbers(array: np.ndarray, data: Any) -> None:
+    """Raise TypeError unless `array`, made from `data`, holds numbers."""
+    if array.dtype.kind not in "biufc" and array.dtype.name != "bfloat16":
+        raise _no_numbers(data)
+
+
+def _no_numbers(data: Any) -> TypeError:
+    return TypeError(
+        f"Tensor: cannot make an array of numbers from the {type(data).__name__} {data!r:.80}; "
+        f"expected numbers, or nested lists of them of equal length"
+    )
+
+
+def _numpy_dtypes(data: Any) -> Iterator[np.dtype]:
     if isinstance(data, (list, tuple)):
-        return any(map(_has_numpy_values, data))
-    return isinstance(data, (np.generic, np.ndarray))
+        for entry in data:
+            yield from _numpy_dtypes(entry)
+    elif isinstance(data, (np.generic, np.ndarray)):
+        yield data.dtype
 
 
 def converted(array: np.ndarray, dtype: Any, copy: bool | None) -> np.ndarray:

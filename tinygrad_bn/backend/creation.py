@@ -97,4 +97,4 @@ def _floating(name: str, dtype: Any) -> np.dtype:
 
 def _moved(array: Any, device: str | None) -> Array:
     # A 0-d result of NumPy may be a scalar.
-    return to_device(np.asarray(array), device or get_default_device())
+    return to_device(np.asarray(array), get_default_device() if device is None else device)

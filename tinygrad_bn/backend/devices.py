@@ -79,7 +79,9 @@ def to_device(array: Array, device: str) -> Array:
 
 def from_python(data: Any, dtype: Any, device: str | None) -> Array:
     """Return numbers or nested lists of them as an array on `device` (None: on the default)."""
-    return to_device(arrays.from_python(data, dtype), device or get_default_device())
+    return to_device(
+        arrays.from_python(data, dtype), get_default_device() if device is None else device
+    )
 
 
 def _full_name(device: str) -> str:

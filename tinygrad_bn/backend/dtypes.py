@@ -32,7 +32,9 @@ def _bfloat16() -> np.dtype:
     try:
         import ml_dtypes
     except ModuleNotFoundError as error:
-        raise TypeError("as_dtype: 'bfloat16' needs the package ml_dtypes: pip install ml_dtypes") from error
+        raise TypeError(
+            "as_dtype: 'bfloat16' needs the package ml_dtypes: pip install ml_dtypes"
+        ) from error
     return np.dtype(ml_dtypes.bfloat16)
 
 

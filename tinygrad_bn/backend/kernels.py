@@ -1,7 +1,7 @@
 """Which kernel families may serve a call: a public status, an environment variable, a lazy import.
 
-A family is a set of fused kernels for one kind of array: `numpy` and `numba` on the CPU, `cuda` on a
-GPU. An op names its kernel modules by family; this file decides which of them to ask, in which
+A family is a set of fused kernels for one kind of array: `numpy` and `numba` on the CPU, `cuda` on
+a GPU. An op names its kernel modules by family; this file decides which of them to ask, in which
 order, and remembers why a family is out. It knows no kernel's inside.
 """
 
@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from tinygrad_bn.backend.arrays import backend_of
@@ -56,7 +56,7 @@ def _checked(family: str, where: str) -> str:
     return family
 
 
-@lru_cache(maxsize=None)
+@cache
 def unusable_because(family: str) -> str | None:
     """Return why `family` cannot serve here, or None if it can."""
     if family == "numba" and importlib.util.find_spec("numba") is None:
@@ -80,7 +80,7 @@ def candidates(
                 yield kernel
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(module: str, kind: str) -> Callable[..., Any] | None:
     return getattr(importlib.import_module(module), kind, None)
 

@@ -13,8 +13,10 @@ def manual_seed(seed: int) -> None:
 
     seed: an integer >= 0. Same seed, same machine: same numbers, to the bit.
 
-    >>> manual_seed(0); first = generator().random()
-    >>> manual_seed(0); first == generator().random()
+    >>> manual_seed(0)
+    ... first = generator().random()
+    >>> manual_seed(0)
+    ... first == generator().random()
     True
     """
     global _generator

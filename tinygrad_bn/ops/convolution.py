@@ -228,3 +228,7 @@ conv2d_weight_grad.def_vjp(
     x=lambda g, y, view: conv2d_input_grad(y, g, view=view),
     y=lambda g, x, view: convolve(x, g, view),
 )
+
+conv2d.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_convolution")
+conv2d_input_grad.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_convolution_input_grad")
+conv2d_weight_grad.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_convolution_weight_grad")

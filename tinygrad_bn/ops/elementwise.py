@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from tinygrad_bn.backend import array_module
-from tinygrad_bn.domain import Boolean, Integer, Real, case, elementwise
+from tinygrad_bn.domain import Boolean, Real, case, elementwise
 from tinygrad_bn.domain import Domain as _Domain
 from tinygrad_bn.op import op
 
@@ -188,7 +188,7 @@ sigmoid.def_vjp(x=lambda g, out: g * (out * (1 - out)))
 
 
 @op(domain=elementwise(_NONZERO))
-def abs(x: Any) -> Any:  # noqa: A001  (NumPy's name)
+def abs(x: Any) -> Any:
     """Return the absolute value of x; its derivative at 0 is 0."""
     return array_module(x).abs(x)
 
@@ -220,13 +220,13 @@ relu.def_vjp(x=lambda g, out: where(out > 0, g, 0))
         (case((3, 4), min=-0.5, max=0.75), case((5,), min=-0.5), case((2, 1, 3), max=0.75)),
     )
 )
-def clip(x: Any, *, min: float | None = None, max: float | None = None) -> Any:  # noqa: A002
+def clip(x: Any, *, min: float | None = None, max: float | None = None) -> Any:
     """Return x limited to [min, max]; its derivative is 1 inside, ends included, and 0 outside."""
     return array_module(x).clip(x, min, max)
 
 
 @clip.def_vjp
-def _(g: Any, x: Any, min: float | None, max: float | None) -> Any:  # noqa: A002
+def _(g: Any, x: Any, min: float | None, max: float | None) -> Any:
     if min is not None:
         g = where(x >= min, g, 0)
     if max is not None:

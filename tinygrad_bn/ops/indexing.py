@@ -25,7 +25,9 @@ def is_basic(index: Any) -> bool:
     """Return whether an index has only integers, slices, None and Ellipsis: no entry twice."""
     parts = index if isinstance(index, tuple) else (index,)
     return all(
-        part is None or part is Ellipsis or isinstance(part, slice)
+        part is None
+        or part is Ellipsis
+        or isinstance(part, slice)
         or (isinstance(part, int) and not isinstance(part, bool))
         for part in parts
     )

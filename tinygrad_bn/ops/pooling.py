@@ -76,7 +76,8 @@ def max_pool2d(
     images = padded(channels_last(x, layout), view, least)
     # Start at the first entry that is not padding: where all are -inf, that one is chosen.
     shape = (view.batch, *view.out, view.channels)
-    places = xp.broadcast_to(_first_places(xp, view), shape).copy()
+    starts = xp.asarray(view.first_places(), dtype=view.place_dtype)[..., None]
+    places = xp.broadcast_to(starts, shape).copy()
     best = xp.full(shape, least, dtype=x.dtype)
     for i, j, window in view.offsets():
         entry = images[:, *window]
@@ -87,16 +88,6 @@ def max_pool2d(
         places[wins] = i * view.kernel[1] + j
     best, places = from_channels_last(best, layout), from_channels_last(places, layout)
     return saving(best, places=places, view=view)
-
-
-def _first_places(xp: Any, view: Windows) -> Any:
-    """Return (OH, OW, 1): the place of each window's first entry that is not padding."""
-    rows, columns = (
-        xp.maximum(p - s * xp.arange(n), 0)
-        for p, s, n in zip(view.padding, view.stride, view.out, strict=True)
-    )
-    places = rows[:, None] * view.kernel[1] + columns
-    return places.astype(view.place_dtype)[..., None]
 
 
 @max_pool2d.def_vjp
@@ -233,3 +224,7 @@ def _(g: Any, view: Windows, count_include_pad: bool) -> Any:
         count_include_pad=count_include_pad,
     )
     return (gy,)
+
+
+max_pool2d.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_pooling")
+scatter_windows.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_scatter_windows")

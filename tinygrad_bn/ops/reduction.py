@@ -1,6 +1,6 @@
 """Ops that reduce axes: `sum`, `mean`, `max`, `min`, `var`, `argmax`.
 
-`axis` is None (all), an integer or a tuple; `keepdims` leaves reduced axes with size 1, as in NumPy.
+`axis` is None (all), an integer or a tuple; `keepdims` leaves reduced axes with size 1.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _expanded(reduced: Any, shape: Sequence[int], axis: Axis) -> Any:
 
 
 @op(domain=Domain((Real(),), _CASES))
-def sum(x: Any, *, axis: Axis = None, keepdims: bool = False) -> Any:  # noqa: A001
+def sum(x: Any, *, axis: Axis = None, keepdims: bool = False) -> Any:
     """Return the sum of x over `axis`.
 
     Floats narrower than float64 are accumulated in float64 wherever NumPy would add them one by
@@ -86,13 +86,13 @@ def _(g: Any, x_shape: tuple[int, ...], axis: Axis) -> Any:
 
 
 @op(domain=Domain((Real(),), _CASES, distinct=True))
-def max(x: Any, *, axis: Axis = None, keepdims: bool = False) -> Any:  # noqa: A001
+def max(x: Any, *, axis: Axis = None, keepdims: bool = False) -> Any:
     """Return the largest entry over `axis`; equal entries share the cotangent, NaN passes on."""
     return x.max(axis=axis, keepdims=keepdims)
 
 
 @op(domain=Domain((Real(),), _CASES, distinct=True))
-def min(x: Any, *, axis: Axis = None, keepdims: bool = False) -> Any:  # noqa: A001
+def min(x: Any, *, axis: Axis = None, keepdims: bool = False) -> Any:
     """Return the smallest entry over `axis`; equal entries share the cotangent, NaN passes on."""
     return x.min(axis=axis, keepdims=keepdims)
 

@@ -27,7 +27,9 @@ reshape.def_vjp(x=lambda g, x_shape: g.reshape(x_shape))
 
 @op(
     view=True,
-    domain=Domain(cases=(case((2, 3)), case((2, 3, 4), axes=(2, 0, 1)), case((2, 3), axes=(-1, 0)))),
+    domain=Domain(
+        cases=(case((2, 3)), case((2, 3, 4), axes=(2, 0, 1)), case((2, 3), axes=(-1, 0)))
+    ),
 )
 def transpose(x: Any, *, axes: Sequence[int] | None = None) -> Any:
     """Return x with its axes permuted (None: reversed)."""
@@ -44,7 +46,9 @@ def _(g: Any, axes: Sequence[int] | None) -> Any:
 
 @op(
     view=True,
-    domain=Domain(cases=(case((3, 1), shape=(2, 3, 4)), case((4,), shape=(3, 4)), case((), shape=(2,)))),
+    domain=Domain(
+        cases=(case((3, 1), shape=(2, 3, 4)), case((4,), shape=(3, 4)), case((), shape=(2,)))
+    ),
 )
 def broadcast_to(x: Any, *, shape: Shape) -> Any:
     """Return x repeated along axes of size 1 and new leading axes: a read-only view."""
@@ -96,8 +100,7 @@ def pad(x: Any, *, pad_width: Sequence[tuple[int, int]], value: float = 0.0) -> 
 @pad.def_vjp
 def _(g: Any, x_shape: Shape, pad_width: Sequence[tuple[int, int]]) -> Any:
     inner = tuple(
-        slice(before, before + size)
-        for (before, _), size in zip(pad_width, x_shape, strict=True)
+        slice(before, before + size) for (before, _), size in zip(pad_width, x_shape, strict=True)
     )
     return (g[inner],)
 
@@ -120,7 +123,12 @@ def copy(x: Any) -> Any:
 copy.def_vjp(x=lambda g: g)
 
 
-@op(domain=Domain((Real(),), (case((2, 3), axis=1), case((4,), axis=0), case((2, 3, 2), axis=(0, 2)))), view=True)
+@op(
+    domain=Domain(
+        (Real(),), (case((2, 3), axis=1), case((4,), axis=0), case((2, 3, 2), axis=(0, 2)))
+    ),
+    view=True,
+)
 def flip(x: Any, *, axis: int | tuple[int, ...] | None = None) -> Any:
     """Return x with the order of entries reversed along `axis` (None: along all)."""
     return array_module(x).flip(x, axis)

@@ -1,8 +1,8 @@
-"""Is it the same function everywhere: in any memory layout, on raw arrays and Tensors, in any kernel?
+"""Is it the same function everywhere: in any layout, on raw arrays and Tensors, in any kernel?
 
-Sums taken in another order round differently, so results are compared within what rounding explains:
-`noise.rounding_tolerance`, which is measured at the inputs at hand. Where nothing is reordered the
-comparison is to the bit.
+Sums taken in another order round differently, so results are compared within what rounding
+explains: `noise.rounding_tolerance`, which is measured at the inputs at hand. Where nothing is
+reordered the comparison is to the bit.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def check_raw(fn: Function, *inputs: Any, seed: int = 0) -> Report:
     """Return a report that `fn` does on raw arrays what it does on Tensors.
 
     fn: of arrays or Tensors, as every op and everything made of ops is. Its output for raw arrays
-        must be its output for Tensors to the bit; and the gradients from rules that run on raw arrays
-        those from rules that run on Tensors (`create_graph`), up to rounding: those may compute
-        again what these had saved.
+        must be its output for Tensors to the bit; and the gradients from rules that run on raw
+        arrays those from rules that run on Tensors (`create_graph`), up to rounding: the latter
+        may compute again what the former had saved.
 
     >>> import numpy as np
     >>> import tinygrad_bn as tg
@@ -53,14 +53,11 @@ def check_raw(fn: Function, *inputs: Any, seed: int = 0) -> Report:
         if mine.dtype != theirs.dtype or mine.shape != theirs.shape or not _equal(mine, theirs):
             raise GradCheckError(f"{name}: output {i} for raw arrays differs from that for Tensors")
     recorded = Run(fn, arrays, wrapped.cotangents, create_graph=True)
-    labels = _gradient_labels(fn, arrays)
-    _require_close(
+    _require_same_run(
         f"{name}: rules on Tensors (create_graph) against rules on raw arrays",
-        labels,
-        recorded.gradients,
-        wrapped.gradients,
-        lambda nudged: Run(fn, nudged, wrapped.cotangents).gradients,
-        arrays,
+        recorded,
+        wrapped,
+        _Noise(fn, [None if a is None else backend.to_numpy(a) for a in arrays], wrapped),
     )
     return Report("check_raw", name_of(fn), notes=("raw arrays and Tensors agree",))
 
@@ -68,8 +65,8 @@ def check_raw(fn: Function, *inputs: Any, seed: int = 0) -> Report:
 def check_layouts(fn: Function, *inputs: Any, seed: int = 0) -> Report:
     """Return a report that `fn` and its gradients do not depend on how arrays lie in memory.
 
-    C and Fortran order, permuted axes, negative strides, gaps, zero strides, read-only memory: of the
-    inputs and, by themselves, of the cotangents.
+    C and Fortran order, permuted axes, negative strides, gaps, zero strides, read-only memory: of
+    the inputs and, by themselves, of the cotangents.
 
     >>> import numpy as np
     >>> from tinygrad_bn import testing
@@ -149,7 +146,10 @@ def check_backends(fn: Function, *inputs: Any, seed: int = 0) -> Report:
 
 
 class _Noise:
-    """How far outputs and gradients of a run move under nudged inputs; measured when first needed."""
+    """How far outputs and gradients of a run move when inputs and cotangents are nudged.
+
+    Measured when first needed. The cotangents too: a gradient may be nothing but a sum of them.
+    """
 
     def __init__(self, fn: Function, arrays: Sequence[Any], base: Run):
         self.fn = fn
@@ -160,13 +160,14 @@ class _Noise:
 
     def measure(self) -> list[float]:
         if self.measured is None:
+            count = len(self.arrays)
 
             def results(nudged: Sequence[Any]) -> list[np.ndarray]:
-                run = Run(self.fn, nudged, self.base.cotangents)
+                run = Run(self.fn, nudged[:count], nudged[count:])
                 return _host((*run.outputs, *run.gradients))
 
             at = _host((*self.base.outputs, *self.base.gradients))
-            self.measured = spread(results, self.arrays, at)
+            self.measured = spread(results, [*self.arrays, *_host(self.base.cotangents)], at)
         return self.measured
 
 
@@ -175,55 +176,39 @@ def _require_same_run(name: str, run: Run, want: Run, noise: _Noise) -> None:
     got = (*run.outputs, *run.gradients)
     expected = (*want.outputs, *want.gradients)
     for i, (label, a, b) in enumerate(zip(labels, got, expected, strict=True)):
-        _require_close_one(name, label, a, b, lambda i=i: noise.measure()[i])
+        _require_close(name, label, a, b, lambda i=i: noise.measure()[i])
 
 
 def _require_close(
-    name: str,
-    labels: Sequence[str],
-    got: Sequence[Any],
-    want: Sequence[Any],
-    again: Callable[[Sequence[Any]], Sequence[Any]],
-    arrays: Sequence[Any],
-) -> None:
-    moved: list[float] = []
-
-    def by(i: int) -> float:
-        if not moved:
-            host = [None if a is None else backend.to_numpy(a) for a in arrays]
-            moved.extend(spread(lambda nudged: _host(again(nudged)), host, _host(want)))
-        return moved[i]
-
-    for i, (label, a, b) in enumerate(zip(labels, got, want, strict=True)):
-        _require_close_one(name, label, a, b, lambda i=i: by(i))
-
-
-def _require_close_one(
     name: str, label: str, got: Any, want: Any, moved_by: Callable[[], float]
 ) -> None:
     """Raise GradCheckError unless `got` equals `want` up to rounding."""
     if got.dtype != want.dtype or got.shape != want.shape:
         raise GradCheckError(
-            f"{name}: {label} is {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)}"
+            f"{name}: {label} is {got.dtype}{list(got.shape)}, "
+            f"expected {want.dtype}{list(want.shape)}"
         )
     a, b = _host((got, want))
     if _equal(a, b):
         return
     if not backend.is_floating(b.dtype):
-        raise GradCheckError(f"{name}: {label} differs: {a.tolist()!r:.80}, expected {b.tolist()!r:.80}")
+        raise GradCheckError(
+            f"{name}: {label} differs: {a.tolist()!r:.80}, expected {b.tolist()!r:.80}"
+        )
     tolerance = rounding_tolerance(b, 0.0)
     wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        error = np.abs(wide_a - wide_b)
-    error[(wide_a == wide_b) | (np.isnan(wide_a) & np.isnan(wide_b))] = 0.0
+    same = (wide_a == wide_b) | (np.isnan(wide_a) & np.isnan(wide_b))
+    with np.errstate(invalid="ignore"):  # equal infinities
+        error = np.where(same, 0.0, np.abs(wide_a - wide_b))
     if not np.all(error <= tolerance):
         tolerance = rounding_tolerance(b, moved_by())
     if not np.all(error <= tolerance):
         at = np.unravel_index(int(np.argmax(np.nan_to_num(error, nan=np.inf))), b.shape)
         raise GradCheckError(
             f"{name}: {label} differs at {[int(k) for k in at]}: {wide_a[at]:.9g}, expected "
-            f"{wide_b[at]:.9g} (difference {error[at]:.2g}, tolerance {tolerance:.2g}: 16 times what "
-            f"nudging the inputs by two units in the last place changes, and the rounding of sums)"
+            f"{wide_b[at]:.9g} (difference {error[at]:.2g}, tolerance {tolerance:.2g}: 16 times "
+            f"what nudging inputs and cotangents by two units in the last place changes, and the "
+            f"rounding of sums)"
         )
 
 
@@ -243,5 +228,3 @@ def _host(arrays: Sequence[Any]) -> list[np.ndarray]:
 def _equal(a: Any, b: Any) -> bool:
     a, b = _host((a, b))
     return bool(np.array_equal(a, b, equal_nan=backend.is_floating(b.dtype)))
-
-

@@ -1,8 +1,8 @@
 """The derivative of a function of one variable by extrapolated central differences (Ridders 1982).
 
-The central difference (φ(h) - φ(-h)) / 2h errs by a series in h²; a tableau of steps h, h/2, h/4, ...
-removes its terms one by one, and the distance between neighbours in the tableau measures what is
-left. See C. Ridders, "Accurate computation of F'(x) and F'(x)F''(x)", Advances in Engineering
+The central difference (φ(h) - φ(-h)) / 2h errs by a series in h²; a tableau of steps h, h/2, h/4,
+... removes its terms one by one, and the distance between neighbours in the tableau measures what
+is left. See C. Ridders, "Accurate computation of F'(x) and F'(x)F''(x)", Advances in Engineering
 Software 4 (1982); Press et al., Numerical Recipes, section 5.7.
 """
 
@@ -20,8 +20,8 @@ _DEPTH = 4
 #: 2^-27 of it, below which float64 has no digits left for a difference.
 _LEVELS = 27
 
-#: A truncation of 1e-9 of the derivative needs no improvement: no mistake is as small, and each more
-#: halving costs two evaluations and brings the noise nearer.
+#: A truncation of 1e-9 of the derivative needs no improvement: no mistake is as small, and each
+#: further halving costs two evaluations and brings the noise nearer.
 _ENOUGH = 1e-9
 
 
@@ -75,27 +75,21 @@ def derivative(
             continue
         before, slopes = slopes, _extended(slopes, (plus - minus) / (2 * step), _even)
         jumps_before, jumps = jumps, _extended(jumps, (plus - 2 * centre + minus) / step, _odd)
-        improved = False
-        for column in range(1, len(slopes)):
-            value = slopes[column]
-            error = max(abs(value - slopes[column - 1]), abs(value - before[column - 1]))
-            if error < best.truncation:
-                improved = True
-                jump_column = min(2, len(jumps) - 1)
-                jump = jumps[jump_column]
-                best = Derivative(
-                    value,
-                    error,
-                    step,
-                    _gain(step, column),
-                    jump,
-                    max(
-                        abs(jump - jumps[jump_column - 1]),
-                        abs(jump - jumps_before[jump_column - 1]),
-                    ),
-                    # Σ |weights| of the two columns is at most 3 · 9/7; φ counts 1 + 2 + 1 times.
-                    16.0 / step,
-                )
+        found = _best(slopes, before)
+        if improved := found is not None and found[1] < best.truncation:
+            value, truncation, column = found
+            jump, jump_truncation, _ = _best(jumps, jumps_before) or (0.0, math.inf, 0)
+            best = Derivative(
+                value,
+                truncation,
+                step,
+                _gain(step, column),
+                jump,
+                jump_truncation,
+                # Σ |weights| in a row of jumps is at most 3 · 9/7 · 33/31 · 129/127 < 4.2, and φ
+                # counts 1 + 2 + 1 times.
+                17.0 / step,
+            )
         scale = abs(best.value) if math.isfinite(best.value) else 0.0
         if best.truncation <= _ENOUGH * scale:
             break
@@ -110,6 +104,17 @@ def derivative(
     return best
 
 
+def _best(row: list[float], before: list[float]) -> tuple[float, float, int] | None:
+    """Return the entry of `row` nearest to its two neighbours: value, distance, column."""
+    found = None
+    for column in range(1, len(row)):
+        value = row[column]
+        error = max(abs(value - row[column - 1]), abs(value - before[column - 1]))
+        if found is None or error < found[1]:
+            found = value, error, column
+    return found
+
+
 def _even(column: int) -> float:
     return 4.0**column
 
@@ -120,7 +125,7 @@ def _odd(column: int) -> float:
 
 
 def _extended(before: list[float], first: float, ratio: Callable[[int], float]) -> list[float]:
-    """Return the next row of a tableau, given the row before it and the new unextrapolated value."""
+    """Return the next row of a tableau, given the one before and the new unextrapolated value."""
     row = [first]
     for column in range(1, min(len(before), _DEPTH) + 1):
         factor = ratio(column)

@@ -11,8 +11,8 @@ class GradCheckError(AssertionError):
     """
 
 
-class Inconclusive(GradCheckError):
-    """A checker could not tell right from wrong at these inputs: a kink, or too coarse a resolution.
+class Inconclusive(GradCheckError):  # noqa: N818  (a verdict, not always an error)
+    """A checker could not tell right from wrong at these inputs: a kink, or too much noise.
 
     It is an error because a check that sees nothing must not pass. Tests that draw their inputs
     reject such a draw and go on; a function for which every draw is rejected then fails.
@@ -23,4 +23,4 @@ class Inconclusive(GradCheckError):
 
 
 class BlindCheckWarning(UserWarning):
-    """A check was asked for that cannot see certain faults, for example with a constant cotangent."""
+    """A check was asked for that cannot see certain faults, as with a constant cotangent."""

@@ -85,7 +85,7 @@ def pull_back(
     cotangents: Sequence[Any],
     create_graph: bool = False,
 ) -> list[Any]:
-    """Return the gradient Tensors of the inputs that require grad, zeros where nothing leads there."""
+    """Return the gradients of the inputs that require grad, zeros where nothing leads there."""
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     live = [(o, g) for o, g in zip(outputs, cotangents, strict=True) if o.requires_grad]
     found: Sequence[Any] = [None] * len(wanted)
@@ -118,7 +118,7 @@ class FirstOrder:
     def call(self, arrays: Sequence[Array], requires_grad: bool) -> tuple[list[Any], list[Any]]:
         """Return the input Tensors and the floating output Tensors."""
         placed = [
-            a if a is None or device == "cpu" else backend.to_device(a, device)
+            a if device is None or device == "cpu" else backend.to_device(a, device)
             for a, device in zip(arrays, self.device, strict=True)
         ]
         ts = tensors(placed, requires_grad)

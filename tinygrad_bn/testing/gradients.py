@@ -25,7 +25,7 @@ Mode = Literal["auto", "directional", "full", "complex-step"]
 _MODES = ("auto", "directional", "full", "complex-step")
 
 #: Below this share of its derivative an error would go unnoticed at worst: a thousandth is far
-#: below what realistic mistakes do (the mildest, m/(m - 1) for m values, is above it up to m = 1000).
+#: below what realistic mistakes do (the mildest, m/(m - 1) for m values, exceeds it to m = 1000).
 MAX_RESOLUTION = 1e-3
 
 
@@ -52,8 +52,8 @@ def check_grad(
     max_resolution: the largest share of a derivative that may be within the tolerance.
     rtol: a relative tolerance to add to the one that is derived; a right gradient needs none.
 
-    Raises GradCheckError where they disagree, `Inconclusive` (a GradCheckError) where that cannot be
-    told: at a kink, or where noise leaves a resolution coarser than `max_resolution`.
+    Raises GradCheckError where they disagree, `Inconclusive` (a GradCheckError) where that cannot
+    be told: at a kink, or where noise leaves a resolution coarser than `max_resolution`.
 
     >>> import numpy as np
     >>> from tinygrad_bn import testing
@@ -64,7 +64,9 @@ def check_grad(
     if mode not in _MODES:
         raise ValueError(f"check_grad: unknown mode {mode!r}; expected one of {_MODES}")
     problem = FirstOrder(fn, inputs)
-    return _check("check_grad", problem, mode, directions, cotangents, seed, max_resolution, rtol)[0]
+    return _check("check_grad", problem, mode, directions, cotangents, seed, max_resolution, rtol)[
+        0
+    ]
 
 
 def check_double_grad(
@@ -151,9 +153,7 @@ def _check(
     return Report(check, problem.name, tuple(comparisons), tuple(vacuous)), probe
 
 
-def _check_input(
-    check: str, probe: Probe, i: int, mode: str, directions: int
-) -> list[Comparison]:
+def _check_input(check: str, probe: Probe, i: int, mode: str, directions: int) -> list[Comparison]:
     """Return the comparisons for input `i`; GradCheckError at the first that fails."""
     x = probe.problem.inputs[i]
     rng = np.random.default_rng((probe.seed, i))
@@ -222,9 +222,7 @@ def _cotangents(
     """Return one float64 cotangent per output: those given, or random ones."""
     if given is None:
         rng = np.random.default_rng((seed, 7))
-        return [
-            rng.uniform(0.5, 1.5, o.shape) * rng.choice((-1.0, 1.0), o.shape) for o in outputs
-        ]
+        return [rng.uniform(0.5, 1.5, o.shape) * rng.choice((-1.0, 1.0), o.shape) for o in outputs]
     listed = list(given) if isinstance(given, (tuple, list)) else [given]
     arrays = [np.asarray(a, dtype=np.float64) for a in functions.raw_inputs(listed)]
     if [a.shape for a in arrays] != [o.shape for o in outputs]:
@@ -248,8 +246,8 @@ def _proportional(a: np.ndarray, b: np.ndarray) -> bool:
 
 def _warn_blind(name: str, what: str) -> None:
     warnings.warn(
-        f"{name}: the cotangent is {what}. Whole terms of a gradient vanish then (for batch norm in "
-        f"training mode all of dx), and so would their faults; leave it out for a random one",
+        f"{name}: the cotangent is {what}. Whole terms of a gradient vanish then (for batch norm "
+        f"in training mode all of dx), and so would their faults; leave it out for a random one",
         BlindCheckWarning,
         stacklevel=5,
     )

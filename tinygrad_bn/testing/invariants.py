@@ -1,7 +1,7 @@
 """What must hold of any function beside its derivative: it changes nothing, and leaks no dtype.
 
-Finite differences see none of this: a rule that scribbles on its cotangent, hands out the same buffer
-twice or widens float16 to float64 has every derivative right.
+Finite differences see none of this: a rule that scribbles on its cotangent, hands out the same
+buffer twice or widens float16 to float64 has every derivative right.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 
 from tinygrad_bn import backend
 from tinygrad_bn.autograd import no_grad
+from tinygrad_bn.tensor import Tensor
 from tinygrad_bn.testing.errors import GradCheckError
 from tinygrad_bn.testing.functions import (
     as_tuple,
@@ -25,7 +26,6 @@ from tinygrad_bn.testing.functions import (
     tensors,
 )
 from tinygrad_bn.testing.report import Report
-from tinygrad_bn.tensor import Tensor
 
 
 class Run:
@@ -72,9 +72,9 @@ def check_pure(fn: Callable[..., Any], *inputs: Any, seed: int = 0) -> Report:
     """Return a report that calling and differentiating `fn` at `inputs` has no side effects.
 
     Inputs and cotangents are unchanged; gradients share no memory with inputs, outputs, cotangents,
-    each other or the gradients of another call; two calls agree to the bit; `.grad` after `backward`
-    is the same and can be written to; and an input overwritten through its Tensor between forward
-    and backward either does no harm or raises RuntimeError.
+    each other or the gradients of another call; two calls agree to the bit; `.grad` after
+    `backward` is the same and can be written to; and an input overwritten through its Tensor
+    between forward and backward either does no harm or raises RuntimeError.
 
     Raises GradCheckError that names what was changed or shared.
 
@@ -95,7 +95,9 @@ def check_pure(fn: Callable[..., Any], *inputs: Any, seed: int = 0) -> Report:
     second = Run(fn, arrays, first.cotangents)
     for label, array, bits in zip(labels, arrays, before, strict=True):
         if array is not None and _bits(array) != bits:
-            raise GradCheckError(f"{name}: it changed its {label}; compute into an array of its own")
+            raise GradCheckError(
+                f"{name}: it changed its {label}; compute into an array of its own"
+            )
     for i, (g, bits) in enumerate(zip(first.cotangents, cotangents_before, strict=True)):
         if _bits(g) != bits:
             raise GradCheckError(
@@ -133,7 +135,9 @@ def check_dtypes(
     """
     name = f"check_dtypes: {name_of(fn)}"
     raw = raw_inputs(inputs)
-    labels = [label for label, a in zip(input_names(fn, len(raw)), raw, strict=True) if is_floating(a)]
+    labels = [
+        label for label, a in zip(input_names(fn, len(raw)), raw, strict=True) if is_floating(a)
+    ]
     wanted = [backend.as_dtype(dtype) for dtype in dtypes]
     # Numbers that overflow a narrow dtype are not this check's concern.
     with np.errstate(all="ignore"):
@@ -183,8 +187,8 @@ def _require_repeatable(
             )
         if _bits(again) != bits:
             raise GradCheckError(
-                f"{name}: the gradient of {label} differs between two equal calls; the rule depends "
-                f"on something besides its inputs, or a forward or rule changed what it was given"
+                f"{name}: the gradient of {label} differs between two equal calls; the rule "
+                f"depends on something besides its inputs, or something changed its inputs"
             )
     for i, (out, again, bits) in enumerate(
         zip(first.outputs, second.outputs, outputs_before, strict=True)
@@ -224,7 +228,7 @@ def _require_unshared(
 def _require_same_through_backward(
     name: str, fn: Callable[..., Any], arrays: Sequence[Any], first: Run, free: Sequence[str]
 ) -> None:
-    """Raise unless `.grad` after `backward` is what `grad` returned, in writable memory of its own."""
+    """Raise unless `.grad` after `backward` is what `grad` returned, in memory of its own."""
     ts = tensors(arrays, True)
     outputs = [o for o in as_tuple(fn(*ts), name) if backend.is_floating(o.dtype)]
     for i, (out, g) in enumerate(zip(outputs, first.cotangents, strict=True)):

@@ -20,6 +20,7 @@ class Layout:
     keeps_values: bool = True
 
     def __call__(self, array: np.ndarray) -> np.ndarray:
+        """Return `array` laid out this way."""
         return self.arrange(array)
 
     def __repr__(self) -> str:
@@ -53,7 +54,7 @@ def _read_only(x: np.ndarray) -> np.ndarray:
 
 
 def _zero_strides(x: np.ndarray) -> np.ndarray:
-    """Return the first entry along axis 0, repeated by a stride of 0 (read-only, as broadcast_to)."""
+    """Return the first entry along axis 0, repeated by a stride of 0 (as broadcast_to does)."""
     return np.broadcast_to(x[:1].copy(), x.shape) if x.ndim else x.copy()
 
 

@@ -1,7 +1,7 @@
-"""Rounding noise, measured rather than guessed: what a few units in the last place of the inputs do.
+"""Rounding noise, measured rather than guessed: what moving the inputs by a unit or two does.
 
-A computation cannot be more accurate than its answer to inputs that are rounded differently; so how
-far the answer moves under such a change is the tolerance that conditioning alone asks for.
+A computation cannot be more accurate than its answer to inputs that are rounded differently; so
+how far the answer moves under such a change is the tolerance that conditioning alone asks for.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ def nudged(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def nudged_all(arrays: Sequence[Array], rng: np.random.Generator) -> list[Array]:
     """Return every floating array nudged, the others as they are."""
-    return [
-        nudged(a, rng) if a is not None and backend.is_floating(a.dtype) else a for a in arrays
-    ]
+    return [nudged(a, rng) if a is not None and backend.is_floating(a.dtype) else a for a in arrays]
 
 
 def spread(

@@ -88,7 +88,11 @@ class Probe:
         floor = self._least_noise(i)
         first = derivative(phi, step, 0.0)
         comparison = self._compare(i, direction, label, first, 4 * first.truncation, floor, 0.0)
-        if comparison.passed and self._fine(comparison) and not self._kinked(first, comparison, floor):
+        if (
+            comparison.passed
+            and self._fine(comparison)
+            and not self._kinked(first, comparison, floor)
+        ):
             return comparison
         # Not settled by the least tolerance: measure the noise, and ask a second tableau with other
         # steps, since the truncation estimate of the first may have been small by accident.
@@ -177,7 +181,10 @@ class Probe:
         return self._noise[i]
 
     def _analytic_noise(self, i: int, direction: np.ndarray) -> float:
-        """Return the largest change of the analytic derivative when all inputs are nudged."""
+        """Return the largest change of the analytic derivative under nudges of all that goes in.
+
+        The cotangents too: the gradient of what is linear is a sum of them, which may cancel.
+        """
         if self._nudged_gradients is None:
             rng = np.random.default_rng(self.seed + 2)
             problem = self.problem
@@ -185,7 +192,9 @@ class Probe:
                 dict(
                     zip(
                         problem.free,
-                        problem.gradient(nudged_all(problem.inputs, rng), self.cotangents),
+                        problem.gradient(
+                            nudged_all(problem.inputs, rng), nudged_all(self.cotangents, rng)
+                        ),
                         strict=True,
                     )
                 )
@@ -224,7 +233,7 @@ class Probe:
         own = tolerance.total - tolerance.given
         if against > 0:
             resolution = own / against
-        else:  # zero everywhere: nothing to be seen, unless the difference quotient is lost in noise
+        else:  # zero everywhere: nothing to be seen, unless the quotient is lost in noise
             resolution = 0.0 if own <= 2 * tolerance.underflow else math.inf
         return Comparison(
             self.problem.names[i], label, analytic, found.value, tolerance, size, resolution
@@ -246,9 +255,10 @@ class Probe:
         if all(self._kinked(d, comparison, noise) for d in found):
             raise Inconclusive(
                 f"{where}: a kink lies here: the slopes from the right and from the left differ by "
-                f"{found[-1].jump:.3g} however small the step (derivative {comparison.numeric:.6g}), "
-                f"so no difference quotient can tell which derivative is right; move the inputs "
-                f"away from the kink (equal entries, zero, a limit)"
+                f"{found[-1].jump:.3g} however small the step (derivative "
+                f"{comparison.numeric:.6g}), so no difference quotient can tell which "
+                f"derivative is right; move the inputs away from the kink (equal "
+                f"entries, zero, a limit)"
             )
         if not self._fine(comparison):
             raise Inconclusive(

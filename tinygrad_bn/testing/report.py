@@ -1,4 +1,4 @@
-"""What a checker returns: what it compared, how finely it could see, what its tolerance is made of."""
+"""What a checker returns: what it compared, how finely, and what its tolerance is made of."""
 
 from __future__ import annotations
 

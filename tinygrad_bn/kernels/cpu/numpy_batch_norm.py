@@ -1,8 +1,8 @@
 """Batch norm in NumPy, a cache-sized block at a time, on several threads.
 
 The generic form computes in float64 and walks over the whole tensor a dozen times. Here every
-block is read twice forward (statistics, then y) and twice backward (two sums, then gx), in the dtype
-of x, and what must be exact is kept in float64 per channel:
+block is read twice forward (statistics, then y) and twice backward (two sums, then gx), in the
+dtype of x, and what must be exact is kept in float64 per channel:
 
 - The statistics are sums of d = x - shift and d², where the shift is a mean of the channel's first
   values. They do not cancel, since the shift lies within the data; a constant channel has d = 0 and
@@ -161,7 +161,7 @@ def _statistics(blocks: Blocks, laid: Array) -> tuple[Array, Array]:
                 blocks.fold(total[1], squares, task.left, task.right)
         return total
 
-    first, second = sum(blocks.share_out(sums))
+    first, second = np.sum(blocks.share_out(sums), axis=0)
     with np.errstate(all="ignore"):
         offset = first / blocks.m
         var = np.maximum(second / blocks.m - offset * offset, 0.0)
@@ -206,7 +206,7 @@ def _sums_with_cotangent(
                 blocks.fold(total[1], np.einsum("rk,rk->k", g, d), task.left, task.right)
         return total
 
-    first, second = sum(blocks.share_out(sums))
+    first, second = np.sum(blocks.share_out(sums), axis=0)
     return first, second
 
 

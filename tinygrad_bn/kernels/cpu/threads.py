@@ -89,9 +89,10 @@ class _Job:
     """The indices of one `parallel` call, handed out one by one to the threads that work on it."""
 
     def __init__(self, task: Task, count: int):
-        self.task = task
+        self.task: Task | None = task
         self.count = count
         self.next = 0
+        self.helpers = 0
         self.lock = threading.Lock()
         self.error: BaseException | None = None
         self.done: SimpleQueue[None] = SimpleQueue()
@@ -102,17 +103,35 @@ class _Job:
         try:
             while True:
                 with self.lock:
-                    index = self.next
+                    task, index = self.task, self.next
                     self.next += 1
-                if index >= self.count:
+                if index >= self.count or task is None:
                     return
-                self.task(index)
+                task(index)
         except BaseException as error:
             with self.lock:
                 self.next = self.count  # no thread starts another
                 self.error = self.error or error
         finally:
             _local.busy = False
+
+    def help(self) -> None:
+        """Work beside the caller, unless it has finished before this thread woke up."""
+        with self.lock:
+            if self.next >= self.count:
+                return
+            self.helpers += 1
+        self.work()
+        self.done.put(None)
+
+    def finish(self) -> None:
+        """Wait for the helpers that have begun; none begins when no index is left."""
+        with self.lock:
+            self.next = self.count
+            self.task = None  # an idle worker must not keep the arrays of this job alive
+            helpers = self.helpers
+        for _ in range(helpers):
+            self.done.get()
 
 
 def parallel(task: Task, count: int) -> None:
@@ -137,8 +156,7 @@ def parallel(task: Task, count: int) -> None:
         try:
             job.work()
         finally:
-            for _ in range(helpers):
-                job.done.get()
+            job.finish()
     finally:
         blas.release()
     if job.error is not None:
@@ -160,9 +178,8 @@ def _start(helpers: int) -> None:
 def _serve(jobs: SimpleQueue[tuple[contextvars.Context, _Job]]) -> None:
     while True:
         context, job = jobs.get()
-        context.run(job.work)
-        job.done.put(None)
-        del context, job  # or an idle worker would keep the last job's arrays alive
+        context.run(job.help)
+        del context, job
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

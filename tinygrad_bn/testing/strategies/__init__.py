@@ -2,7 +2,7 @@
 
 They are non-vacuous by construction: values stay clear of kinks, cotangents are never constant, and
 no channel of a batch norm has zero variance, unless one asks for the degenerate cases by name.
-Arrays of more than 64 entries are expanded from one drawn seed, which is fast and shrinks to seed 0.
+Arrays of more than 64 entries are expanded from one drawn seed, which is fast and shrinks to 0.
 """
 
 from __future__ import annotations

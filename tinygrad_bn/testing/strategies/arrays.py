@@ -1,7 +1,7 @@
 """Floating arrays, clear of kinks; cotangents.
 
-Up to 64 entries are drawn one by one, so that each of them shrinks. Larger arrays are expanded from a
-seed: drawing a thousand entries is slow, and Hypothesis's own fill would make most of them equal,
+Up to 64 entries are drawn one by one, so that each of them shrinks. Larger arrays are expanded from
+a seed: drawing a thousand entries is slow, and Hypothesis's own fill would make most of them equal,
 which for batch norm means channels without variance.
 """
 
@@ -69,14 +69,14 @@ def away_from_kinks(
 ) -> np.ndarray:
     """Return a strategy for arrays with entries in [low, high], none within `margin` of a kink.
 
-    margin: None is a twentieth of the range: more than the steps of a difference quotient, once they
-        have been halved a few times.
+    margin: None is a twentieth of the range: more than the steps of a difference quotient, once
+        they have been halved a few times.
 
     The allowed intervals are laid end to end and drawn from, so nothing is ever filtered out.
 
     >>> from hypothesis import find
     >>> find(away_from_kinks((2,), kinks=(0.0,)), lambda x: x[0] < 0)
-    array([-0.2,  0.2])
+    array([-2. ,  0.2])
     """
     pieces = allowed_intervals(low, high, kinks, (high - low) / 20 if margin is None else margin)
     size = math.prod(shape)
@@ -99,7 +99,7 @@ def distinct_arrays(
     low: float = -2.0,
     high: float = 2.0,
 ) -> tuple[np.ndarray, ...]:
-    """Return a strategy for arrays of these shapes with no two entries equal, within or between them.
+    """Return a strategy for arrays of these shapes, no two entries equal within or between them.
 
     For ops with kinks where two entries tie. Neighbouring values lie at least half of
     (high - low) / entries apart.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,6 @@ def batch_norm_inputs(
         shape = _draw_shape(draw, axis)
     else:
         axis = 1 if axis is None else axis
-    channels = shape[axis]
     spread = 10.0 ** draw(st.integers(-3, 3))
     ratio = draw(st.sampled_from([0.0, 1.0, -10.0, 1e3, -1e4, 1e6]))
     ratio = math.copysign(min(abs(ratio), max_ratio), ratio)
@@ -100,8 +99,8 @@ def batch_norm_inputs(
 def degenerate_batch_norm_inputs(draw: st.DrawFn, *, dtype: Any = "float64") -> BatchNormInputs:
     """Return a strategy for the cases that `batch_norm_inputs` leaves out.
 
-    Constant channels (zero variance, up to 1e6 in size), one or two values per channel, constant and
-    zero cotangents.
+    Constant channels (zero variance, up to 1e6 in size), one or two values per channel, constant
+    and zero cotangents.
 
     >>> from hypothesis import find
     >>> find(degenerate_batch_norm_inputs(), lambda inputs: inputs.count == 1).x.shape
@@ -119,7 +118,18 @@ def degenerate_batch_norm_inputs(draw: st.DrawFn, *, dtype: Any = "float64") -> 
     offset = draw(st.sampled_from([0.0, 1.0, -1e3, 1e6]))
     # Not so few values that their deviation cannot be normalised: that is not wanted here.
     drawn = _assemble(
-        rng, shape, axis, dtype, 1.0, offset, 1e-5, 0.1, True, True, "with zeros", kind != "few values"
+        rng,
+        shape,
+        axis,
+        dtype,
+        1.0,
+        offset,
+        1e-5,
+        0.1,
+        True,
+        True,
+        "with zeros",
+        kind != "few values",
     )
     x, cotangent = drawn.x.copy(), drawn.cotangent.copy()
     if kind == "constant channel":
@@ -128,7 +138,7 @@ def degenerate_batch_norm_inputs(draw: st.DrawFn, *, dtype: Any = "float64") -> 
         x[...] = offset
     elif kind == "cotangent":
         cotangent[...] = draw(st.sampled_from([0.0, 1.0]))
-    return BatchNormInputs(**{**vars(drawn), "x": x, "cotangent": cotangent})
+    return replace(drawn, x=x, cotangent=cotangent)
 
 
 def _draw_shape(draw: st.DrawFn, axis: int) -> Shape:

@@ -76,9 +76,7 @@ def _kinds(domain: Domain, count: int) -> list[Real | Integer | Boolean]:
 
 def _draw_one(draw: st.DrawFn, kind: Real | Integer | Boolean, shape: Shape, dtype: Any) -> Any:
     if isinstance(kind, Real):
-        return draw(
-            away_from_kinks(shape, dtype, low=kind.low, high=kind.high, kinks=kind.kinks)
-        )
+        return draw(away_from_kinks(shape, dtype, low=kind.low, high=kind.high, kinks=kind.kinks))
     rng = np.random.default_rng(draw(seeds()))
     if isinstance(kind, Integer):
         return np.asarray(rng.integers(kind.low, kind.high, shape))

@@ -33,7 +33,7 @@ def broadcastable_shapes(
 
     >>> from hypothesis import find
     >>> find(broadcastable_shapes(2), lambda pair: len(pair[0]) + len(pair[1]) >= 1)
-    ((), (1,))
+    ((1,), ())
     """
     if count == 1:
         return shapes(max_dims=max_dims, min_side=min_side, max_side=max_side).map(lambda s: (s,))
@@ -52,14 +52,14 @@ def axes(ndim: int) -> st.SearchStrategy[int | tuple[int, ...] | None]:
     if ndim == 0:
         return st.none()
     one = st.integers(-ndim, ndim - 1)
-    several = st.lists(
-        one, min_size=1, max_size=ndim, unique_by=lambda axis: axis % ndim
-    ).map(tuple)
+    several = st.lists(one, min_size=1, max_size=ndim, unique_by=lambda axis: axis % ndim).map(
+        tuple
+    )
     return st.none() | one | several
 
 
 def layouts() -> st.SearchStrategy[Layout]:
-    """Return a strategy for memory layouts: functions that return an equal array laid out otherwise.
+    """Return a strategy for memory layouts: functions that lay out an equal array otherwise.
 
     >>> from hypothesis import find
     >>> find(layouts(), lambda layout: True).name

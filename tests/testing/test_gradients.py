@@ -1,0 +1,227 @@
+import warnings
+from contextlib import suppress
+
+import numpy as np
+import pytest
+
+import tinygrad_bn as tg
+from tests.testing.planted import RIGHT, SHAPES, WRONG, WRONG_TWICE, draw, made
+from tinygrad_bn.ops.elementwise import sign
+from tinygrad_bn.testing import (
+    BlindCheckWarning,
+    GradCheckError,
+    Inconclusive,
+    check_double_grad,
+    check_grad,
+)
+
+SEEDS = range(5)
+
+
+def inputs_of(op, seed):
+    return draw(*SHAPES[op.name], seed=seed)
+
+
+def assert_caught(check, op, seed, match="", **options):
+    """It must be found wrong: a verdict of "cannot tell" does not count."""
+    with pytest.raises(GradCheckError) as caught:
+        check(op, *inputs_of(op, seed), seed=seed, **options)
+    assert not isinstance(caught.value, Inconclusive), str(caught.value)
+    assert match in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_rules_pass(name, seed):
+    inputs = draw(*SHAPES[name], seed=seed)
+    # 1e-6: a thousand times finer than the limit, so the checks see as much as they claim.
+    assert check_grad(RIGHT[name], *inputs, seed=seed).resolution < 1e-6
+    assert check_double_grad(RIGHT[name], *inputs, seed=seed).resolution < 1e-6
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_rules_are_caught(name, seed):
+    op, match = WRONG[name]
+    assert_caught(check_grad, op, seed, match)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", WRONG_TWICE)
+def test_rules_that_freeze_are_right_once_and_caught_at_second_order(name, seed):
+    op = WRONG_TWICE[name]
+    check_grad(op, *inputs_of(op, seed), seed=seed)
+    assert_caught(check_double_grad, op, seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", ["sign", "missing term", "transposed", "nan"])
+def test_full_mode_catches_them_too(name, seed):
+    assert_caught(check_grad, WRONG[name][0], seed, mode="full")
+
+
+def test_full_mode_compares_every_coordinate():
+    report = check_grad(RIGHT["matmul"], *inputs_of(RIGHT["matmul"], 0), mode="full")
+    assert report.directions == 18
+
+
+def test_one_wrong_entry_of_a_thousand_is_caught_and_named():
+    def forward(x):
+        return x * x
+
+    def rule(g, x):
+        gx = g * x * 2.0
+        gx[4, 123] *= 1.001
+        return gx
+
+    with pytest.raises(GradCheckError) as caught:
+        check_grad(made(forward, x=rule), *draw((5, 200)))
+    assert "at [4, 123]" in str(caught.value)
+
+
+def test_message_says_what_where_and_how_much():
+    message = assert_caught(check_grad, WRONG["sign"][0], 0)
+    for part in ("check_grad: tanh", "input 0 ('x')", "analytic", "numeric", "times the tolerance"):
+        assert part in message
+    for part in ("truncation", "resolution", "wrong sign", "at [", "np.array([[", "seed=0"):
+        assert part in message
+
+
+def test_complex_step_agrees_to_the_last_digits():
+    report = check_grad(RIGHT["tanh"], *draw((3, 4)), mode="complex-step")
+    assert report.resolution < 1e-13
+
+
+def test_complex_step_catches_a_wrong_rule():
+    with pytest.raises(GradCheckError, match="wrong sign"):
+        check_grad(WRONG["sign"][0], *draw((3, 4)), mode="complex-step")
+
+
+def test_complex_step_says_when_a_function_is_not_for_it():
+    with pytest.raises(TypeError, match="use another mode"):
+        check_grad(lambda x: abs(x), *draw((3,)), mode="complex-step")
+
+
+# --- what cannot be told -----------------------------------------------------------------------
+
+
+def test_kink_is_rejected_although_central_differences_agree():
+    # |x| at 0: slope -1 from the left and 1 from the right, their mean is the 0 that the rule says.
+    with pytest.raises(Inconclusive, match="kink"):
+        check_grad(lambda x: abs(x), np.array([0.0, 1.0]))
+
+
+def test_tie_of_a_maximum_is_rejected():
+    with pytest.raises(Inconclusive, match="kink"):
+        check_grad(lambda x: x.max(), np.array([1.0, 1.0, 0.5]))
+
+
+def test_one_kink_among_a_thousand_entries_is_noticed():
+    (x,) = draw((1000,))
+    x[333] = 0.0
+    with pytest.raises(Inconclusive, match="kink"):
+        check_grad(lambda t: t.relu(), x)
+
+
+def test_near_a_kink_a_right_gradient_is_never_found_wrong():
+    for distance in 10.0 ** -np.arange(1, 13):
+        with suppress(Inconclusive):
+            check_grad(lambda x: x.relu(), np.array([distance, 1.0, -1.0]))
+
+
+def test_noise_that_hides_the_derivative_is_rejected():
+    def forward(x):
+        # Rounded to float32 on the way: a staircase.
+        return (x.astype("float32") * 1.0).astype("float64") * 1e-4 + 1.0
+
+    op = made(forward, x=lambda g: g * 1e-4)
+    with pytest.raises(Inconclusive, match="coarse"):
+        check_grad(op, np.array([1.0, 2.0, 3.0]), max_resolution=1e-6)
+
+
+def test_outside_the_domain_is_rejected():
+    with pytest.raises(Inconclusive, match="not finite"):
+        check_grad(lambda x: x.log(), np.array([-1.0]))
+
+
+# --- cotangents --------------------------------------------------------------------------------
+
+
+def test_constant_cotangent_draws_a_warning():
+    with pytest.warns(BlindCheckWarning, match="constant"):
+        check_grad(RIGHT["tanh"], *draw((3, 4)), cotangents=np.ones((3, 4)))
+
+
+def test_output_as_cotangent_draws_a_warning():
+    (x,) = draw((3, 4))
+    with pytest.warns(BlindCheckWarning, match="the output itself"):
+        check_grad(RIGHT["tanh"], x, cotangents=np.tanh(x))
+
+
+def test_random_cotangent_given_draws_none():
+    x, g = draw((3, 4), (3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_grad(RIGHT["tanh"], x, cotangents=g)
+
+
+def test_zero_gradient_passes_and_is_reported():
+    report = check_grad(lambda x, y: x * 2 + sign(y), *draw((3,), (3,)))
+    assert report.vacuous == ("input 1 ('y')",)
+
+
+# --- inputs ------------------------------------------------------------------------------------
+
+
+def test_float32_and_tensors_are_differenced_in_float64():
+    x = tg.tensor(np.array([0.5, -1.0], dtype="float32"))
+    seen = []
+    check_grad(lambda t: (seen.append(t.dtype), t.exp())[1], x)
+    assert set(map(str, seen)) == {"float64"}
+
+
+def test_none_integers_and_several_outputs():
+    def fn(x, absent, index):
+        assert absent is None
+        return x[index], x * 2
+
+    report = check_grad(fn, np.array([1.0, 2.0, 3.0]), None, np.array([0, 2]))
+    assert report.directions == 2
+
+
+def test_large_offset_leaves_digits():
+    (x,) = draw((8, 4, 6, 6))
+    assert check_grad(RIGHT["normalize"], x + 1e6).resolution < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("fn", "inputs", "options", "match"),
+    [
+        (lambda x: x, (np.arange(3),), {}, "no input is floating"),
+        (lambda x: x.data, (np.ones(3),), {}, "expected a Tensor"),
+        (lambda x: x > 0, (np.ones(3),), {}, "no floating output"),
+        (lambda x: x, (np.ones(3),), {"mode": "fast"}, "unknown mode"),
+        (lambda x: x, (np.ones(3),), {"directions": 0}, "at least 1"),
+        (lambda x: x, (np.ones(3),), {"cotangents": np.ones(2)}, "cotangents of shapes"),
+    ],
+)
+def test_misuse_is_explained(fn, inputs, options, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        check_grad(fn, *inputs, **options)
+
+
+def test_asymmetric_hessian_is_caught():
+    # A "gradient" field (y, 0) that belongs to no function; its own derivative is taken rightly.
+    def forward(x):
+        return (x * x).sum()
+
+    def rule(g, x):
+        return (g * (x @ _SHEAR),)
+
+    op = made(forward, rule)
+    with pytest.raises(GradCheckError, match="not symmetric"):
+        check_double_grad(op, *draw((2,)))
+
+
+_SHEAR = np.array([[0.0, 0.0], [1.0, 0.0]])
