@@ -24,7 +24,10 @@ def parse(
     """
     parser = _parser()
     parser.set_defaults(**(defaults or {}))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.learning_rate is None:
+        options.learning_rate = RECIPES[options.recipe].learning_rate
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

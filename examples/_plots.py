@@ -26,7 +26,11 @@ def draw_curves(logged: Sequence[Mapping[str, float]], title: str, path: Path) -
     loss, accuracy = figure.subplots(1, 2)
     _panel(loss, logged, "loss", "Cross-entropy", "{:.3f}")
     _panel(accuracy, logged, "accuracy", "Accuracy", "{:.3f}")
-    loss.set_ylim(bottom=0)
+    losses = _series(logged, "loss")[1]
+    losses = losses[np.isfinite(losses)]
+    if len(losses):
+        # A few batches, and the first tests, may lie far above; the rest is what there is to see.
+        loss.set_ylim(0, 1.15 * float(np.quantile(losses, 0.98)))
     accuracy.set_ylim(0, 1)
     figure.savefig(path)
 

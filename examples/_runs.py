@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,15 @@ class Run:
         config["python"] = platform.python_version()
         text = json.dumps(config, indent=2)
         (self.folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-        self._metrics = open(self.folder / METRICS, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._metrics = open(self.folder / METRICS, "w", encoding="utf-8")  # noqa: SIM115
         self.logged: list[dict[str, float]] = []
 
     def log(self, **numbers: float) -> None:
         """Write a line of metrics, in the file at once."""
         self.logged.append(numbers)
-        print(json.dumps(numbers), file=self._metrics, flush=True)
+        # JSON has no NaN.
+        line = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+        print(json.dumps(line), file=self._metrics, flush=True)
 
     def save(self, model: nn.Module) -> None:
         """Write the weights and the moving statistics."""

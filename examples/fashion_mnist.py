@@ -14,6 +14,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from _console import Progress, clean_errors, warn
@@ -30,7 +31,7 @@ LOG_EVERY = 10
 # find the very loss that training printed.
 TEST_BATCH = 500
 
-Arrays = Sequence[Any]  # images (N, 28, 28) and labels (N,), both uint8
+Arrays = tuple[Any, Any]  # images (N, 28, 28) and labels (N,), both uint8
 Batches = Iterable[tuple[tg.Tensor, tg.Tensor]]
 
 
@@ -65,7 +66,7 @@ def evaluate(model: nn.Module, arrays: Arrays, options: argparse.Namespace) -> t
     recipe = RECIPES[options.recipe]
     loss = hits = count = 0.0
     model.eval()
-    for images, labels in data.DataLoader(tuple(arrays), TEST_BATCH):
+    for images, labels in data.DataLoader(arrays, TEST_BATCH):
         labels = labels.to(options.device)
         logits = model(pixels(images, recipe, options))
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
@@ -82,8 +83,7 @@ def build(options: argparse.Namespace) -> tuple[nn.Module, optim.Optimizer]:
     model = network(options.layout)
     recipe.start(model)
     model.astype(options.dtype).to(options.device)
-    rate = recipe.learning_rate if options.learning_rate is None else options.learning_rate
-    return model, recipe.optimizer(model, rate)
+    return model, recipe.optimizer(model, options.learning_rate)
 
 
 def fit(
@@ -117,9 +117,11 @@ def fit(
 def obtain(options: argparse.Namespace) -> tuple[Arrays, Arrays]:
     """Return the training and the test set; `options.data` then tells which one was had."""
     if options.data == "full":
+        if options.data_dir is not None and not Path(options.data_dir).expanduser().is_dir():
+            warn(f"--data-dir {options.data_dir}: no such folder; looking elsewhere")
         try:
-            found = data.fashion_mnist(options.data_dir)
-            return found[:2], found[2:]
+            images, labels, test_images, test_labels = data.fashion_mnist(options.data_dir)
+            return (images, labels), (test_images, test_labels)
         except data.DatasetNotFoundError as error:
             warn(
                 f"{error}\n"
@@ -127,8 +129,8 @@ def obtain(options: argparse.Namespace) -> tuple[Arrays, Arrays]:
                 "WITH THE SMALL SAMPLE THAT SHIPS WITH THE PACKAGE: EXPECT A LOWER ACCURACY."
             )
             options.data = "sample"
-    sample = data.fashion_mnist_sample()
-    return sample[:2], sample[2:]
+    images, labels, test_images, test_labels = data.fashion_mnist_sample()
+    return (images, labels), (test_images, test_labels)
 
 
 def run_training(options: argparse.Namespace) -> int:
@@ -137,20 +139,21 @@ def run_training(options: argparse.Namespace) -> int:
         model, optimizer = build(options)
         train_set, test_set = obtain(options)
         loader = data.DataLoader(
-            tuple(train_set), options.batch_size, shuffle=True, drop_last=True, seed=options.seed
+            train_set, options.batch_size, shuffle=True, drop_last=True, seed=options.seed
         )
         run = Run(options)
     try:
         ended = fit(model, optimizer, loader.steps(options.steps), test_set, options, run)
+        status = 0 if ended else 1
     except KeyboardInterrupt:
         warn("interrupted: keeping what there is")
-        ended = False
+        status = 130  # what a shell expects of an interrupted program
     run.save(model)
     run.draw(f"Fashion-MNIST, {options.recipe} recipe, seed {options.seed}")
     if options.data == "sample":
         warn(f"TRAINED ON THE SAMPLE: {len(train_set[0])} TRAINING, {len(test_set[0])} TEST IMAGES")
     print(f"Wrote {run.folder}")
-    return 0 if ended else 1
+    return status
 
 
 def run_evaluation(options: argparse.Namespace, arguments: Sequence[str] | None) -> int:
@@ -170,9 +173,9 @@ def run_evaluation(options: argparse.Namespace, arguments: Sequence[str] | None)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status of the command line `arguments` (None: the program's own)."""
     options = parse(arguments)
-    if options.evaluate is None:
-        return run_training(options)
-    return run_evaluation(options, arguments)
+    if options.evaluate is not None:
+        return run_evaluation(options, arguments)
+    return run_training(options)
 
 
 if __name__ == "__main__":

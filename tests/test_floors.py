@@ -21,6 +21,8 @@ FLOORS = {
     "op": 1,
     "rule": 1,
     "autograd": 1,
+    "grad_mode": 1,
+    "tape": 1,
     "domain": 1,
     "ops": 2,
     "tensor": 3,

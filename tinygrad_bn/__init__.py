@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tinygrad_bn.autograd import enable_grad, grad, is_grad_enabled, no_grad
+from tinygrad_bn.autograd import grad
 from tinygrad_bn.backend import (
     cuda_is_available,
     default_device,
@@ -38,6 +38,7 @@ from tinygrad_bn.creation import (
     zeros,
     zeros_like,
 )
+from tinygrad_bn.grad_mode import enable_grad, is_grad_enabled, no_grad
 from tinygrad_bn.op import REGISTRY as _REGISTRY
 from tinygrad_bn.op import op
 from tinygrad_bn.ops.elementwise import maximum, minimum, where

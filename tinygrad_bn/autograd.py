@@ -1,10 +1,10 @@
-"""The tape and the walk back along it.
+"""The walk back along the tape.
 
-Every op applied to a Tensor that requires grad leaves a `Node`: which op it was, the nodes or
-leaves its inputs came from, and the few arrays its derivative rule asked to keep. `backward`
-collects the nodes behind an output, visits them newest first (a node is always newer than its
-inputs, so this is a topological order and needs no recursion), and hands each node's cotangent to
-its rule.
+Every op applied to a Tensor that requires grad leaves a `Node` (tape.py): which op it was, the
+nodes or leaves its inputs came from, and the few arrays its derivative rule asked to keep.
+`backward` collects the nodes behind an output, visits them newest first (a node is always newer
+than its inputs, so this is a topological order and needs no recursion), and hands each node's
+cotangent to its rule.
 
 A rule is written once. In an ordinary backward pass it receives raw arrays; under
 `create_graph=True` it receives Tensors that are still attached to the graph, and what it computes
@@ -15,286 +15,15 @@ Nothing in this file knows the name of any op.
 
 from __future__ import annotations
 
-import functools
-import inspect
-import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable
-from contextvars import ContextVar
+from collections.abc import Iterable
 from operator import attrgetter
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-
-from tinygrad_bn.backend import ARRAY_TYPES, array_module, as_array, is_array, is_floating
-
-if TYPE_CHECKING:
-    from tinygrad_bn.op import Op
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-_next_age = itertools.count().__next__
-
-
-class TensorBase:
-    """What the tape needs to know of a Tensor; `tensor.Tensor` adds the operators and methods.
-
-    data: the raw array.
-    requires_grad: whether gradients flow to it.
-    grad: its accumulated gradient (a Tensor) or None.
-    node: the `Node` or `Output` that made it; None for a leaf.
-    version: `[writes, recorded writes]`, one list shared by all views of one memory.
-    view_of: for a view, the number of recorded writes when it was taken; None otherwise.
-    """
-
-    __slots__ = ("__weakref__", "data", "grad", "node", "requires_grad", "version", "view_of")
-
-    #: The class of op results; `tensor.py` puts itself here, since this floor cannot import it.
-    tensor_class: ClassVar[type[TensorBase]]
-
-    data: Any
-    grad: Any
-    node: Node | Output | None
-    requires_grad: bool
-    version: list[int]
-    view_of: int | None
-
-
-def new_tensor(data: Any, node: Node | Output | None = None) -> Any:
-    """Return a Tensor around a proper array, made by `node`."""
-    tensor = _new(TensorBase.tensor_class)
-    tensor.data = data
-    tensor.requires_grad = node is not None
-    tensor.grad = None
-    tensor.node = node
-    tensor.version = [0, 0]
-    tensor.view_of = None
-    return tensor
-
-
-_new = object.__new__
-
-
-class Node:
-    """One recorded op.
-
-    parents: for each flat array input, where its cotangent goes: a Node, an Output or a leaf
-        Tensor, or None for an input that needs no gradient.
-    shape, dtype: of the output; tuples of them for several outputs.
-    saved: for each rule of the op, the values it asked for; None once freed.
-    guards: `(input index, version list, writes seen)` for every saved Tensor (-1: the output).
-    retained: a weak reference to the Tensor that wants its gradient kept, or None; for several
-        outputs, such references by index.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "age",
-        "dtype",
-        "guards",
-        "op",
-        "parents",
-        "retained",
-        "saved",
-        "shape",
-    )
-
-    def __init__(self, op: Op, parents: tuple[Any, ...], shape: Any, dtype: Any):
-        self.op = op
-        self.parents = parents
-        self.shape = shape
-        self.dtype = dtype
-        self.saved: list[Any] | None = None
-        self.guards: list[tuple[int, list[int], int]] = []
-        self.retained: Any = None
-        self.age = _next_age()
-
-    def check(self) -> None:
-        """Raise RuntimeError unless everything that was saved is there and unchanged."""
-        if self.saved is None:
-            raise RuntimeError(
-                f"backward through {self.op.name!r} a second time: what it had saved was freed by "
-                f"the first pass; pass retain_graph=True to that one"
-            )
-        for index, version, seen in self.guards:
-            if version[0] != seen:
-                raise RuntimeError(
-                    f"backward through {self.op.name!r}: its {self.op.describe(index)} was changed "
-                    f"in place after the forward; call backward first, or write to a copy"
-                )
-
-    def free(self) -> None:
-        """Let go of what was saved."""
-        self.saved = None
-        self.guards = []
-
-
-class Output:
-    """The place of one output of a Node that has several: it files its cotangent under its index.
-
-    Two of the same node and index are one place.
-    """
-
-    __slots__ = ("__weakref__", "age", "dtype", "index", "parents", "shape")
-
-    def __init__(self, node: Node, index: int):
-        self.parents: tuple[Node] = (node,)
-        self.index = index
-        self.shape = node.shape[index]
-        self.dtype = node.dtype[index]
-        self.age = node.age + 0.5  # older than all that uses it, whenever it is made
-
-    @property
-    def retained(self) -> Any:
-        """A weak reference to the Tensor that wants its gradient kept, or None."""
-        return (self.parents[0].retained or {}).get(self.index)
-
-    @retained.setter
-    def retained(self, reference: Any) -> None:
-        (node,) = self.parents
-        node.retained = {**(node.retained or {}), self.index: reference}
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            type(other) is Output
-            and other.parents[0] is self.parents[0]
-            and other.index == self.index
-        )
-
-    def __hash__(self) -> int:
-        return hash((id(self.parents[0]), self.index))
-
-
-# --- grad mode -------------------------------------------------------------------------------
-
-_grad_enabled: ContextVar[bool] = ContextVar("tinygrad_bn_grad_enabled", default=True)
-
-
-def is_grad_enabled() -> bool:
-    """Return whether ops on Tensors that require grad are being recorded."""
-    return _grad_enabled.get()
-
-
-class _GradMode:
-    """Set grad mode for a `with` block, a decorated function or a decorated generator's steps.
-
-    The former value is restored by value, not by a context-variable token: a generator may be
-    closed in another context than it was opened in, where a token would be refused.
-    """
-
-    enabled: ClassVar[bool]
-
-    def __init__(self) -> None:
-        self._before: list[bool] = []
-
-    def __enter__(self) -> None:
-        self._before.append(_grad_enabled.get())
-        _grad_enabled.set(self.enabled)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        _grad_enabled.set(self._before.pop())
-
-    def __call__(self, function: F) -> F:
-        mode = type(self)
-        if inspect.isgeneratorfunction(function):
-
-            @functools.wraps(function)
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
-                return _stepwise(mode, function(*args, **kwargs))
-
-        elif inspect.isasyncgenfunction(function):
-
-            @functools.wraps(function)
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
-                return _stepwise_async(mode, function(*args, **kwargs))
-
-        elif inspect.iscoroutinefunction(function):
-
-            @functools.wraps(function)
-            async def wrapper(*args: Any, **kwargs: Any) -> Any:
-                with mode():
-                    return await function(*args, **kwargs)
-
-        else:
-
-            @functools.wraps(function)
-            def wrapper(*args: Any, **kwargs: Any) -> Any:
-                with mode():
-                    return function(*args, **kwargs)
-
-        return wrapper  # pyrefly: ignore
-
-
-def _stepwise(mode: type[_GradMode], generator: Any) -> Any:
-    """Run each step of `generator` under `mode`, and its caller's code between steps as it was."""
-    step, value = generator.send, None
-    while True:
-        try:
-            with mode():
-                result = step(value)
-        except StopIteration as stop:
-            return stop.value
-        try:
-            step, value = generator.send, (yield result)
-        except GeneratorExit:
-            with mode():
-                generator.close()
-            raise
-        except BaseException as error:
-            step, value = generator.throw, error
-
-
-async def _stepwise_async(mode: type[_GradMode], generator: Any) -> Any:
-    """Do for an asynchronous generator what `_stepwise` does for a generator."""
-    step, value = generator.asend, None
-    while True:
-        try:
-            with mode():
-                result = await step(value)
-        except StopAsyncIteration:
-            return
-        try:
-            step, value = generator.asend, (yield result)
-        except GeneratorExit:
-            with mode():
-                await generator.aclose()
-            raise
-        except BaseException as error:
-            step, value = generator.athrow, error
-
-
-class no_grad(_GradMode):  # noqa: N801  (a context manager, named as users know it)
-    """Return a context manager and decorator under which nothing is recorded.
-
-    >>> import tinygrad_bn as tg
-    >>> x = tg.tensor([1.0], requires_grad=True)
-    >>> with tg.no_grad():
-    ...     (x * 2).requires_grad
-    False
-    """
-
-    enabled = False
-
-
-class enable_grad(_GradMode):  # noqa: N801
-    """Return a context manager and decorator under which ops are recorded, also inside `no_grad`.
-
-    >>> import tinygrad_bn as tg
-    >>> x = tg.tensor([1.0], requires_grad=True)
-    >>> with tg.no_grad(), tg.enable_grad():
-    ...     (x * 2).requires_grad
-    True
-    """
-
-    enabled = True
-
-
-# --- the walk --------------------------------------------------------------------------------
+from typing import Any
+
+from tinygrad_bn.backend import ARRAY_TYPES, array_module, as_array, is_array
+from tinygrad_bn.grad_mode import enable_grad, no_grad
+from tinygrad_bn.tape import Node, Output, TensorBase, new_tensor
 
 
 def backward(
@@ -571,14 +300,6 @@ def retain_grad(tensor: TensorBase) -> None:
         tensor.node.retained = weakref.ref(tensor)
 
 
-def rebase(tensor: TensorBase, node: Any) -> None:
-    """Make `node` the history of `tensor`, which was written in place."""
-    before = tensor.node
-    if before is not None and before.retained is not None and before.retained() is tensor:
-        before.retained, node.retained = None, before.retained
-    tensor.node, tensor.requires_grad = node, True
-
-
 def _retain(node: Any, g: Any) -> None:
     tensor = node.retained()
     if tensor is None:
@@ -597,12 +318,3 @@ def _as_tuple(tensors: Any) -> tuple:
     if isinstance(tensors, TensorBase) or is_array(tensors):
         return (tensors,)
     return tuple(tensors) if isinstance(tensors, Iterable) else (tensors,)
-
-
-def require_floating(name: str, dtype: Any) -> None:
-    """Raise TypeError unless Tensors of `dtype` can require grad."""
-    if not is_floating(dtype):
-        raise TypeError(
-            f"{name}: only floating Tensors can require grad, this one is {dtype}; convert it "
-            f"first, for example with .astype('float32')"
-        )

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tinygrad_bn import backend
-from tinygrad_bn.autograd import TensorBase
 from tinygrad_bn.backend import creation as _raw
+from tinygrad_bn.tape import TensorBase
 from tinygrad_bn.tensor import Tensor, raw_array
 
 Size = int | Sequence[int]

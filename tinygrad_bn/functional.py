@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tinygrad_bn.autograd import TensorBase
 from tinygrad_bn.backend import array_module, as_dtype, float32, generator
 from tinygrad_bn.backend.creation import like
 from tinygrad_bn.normalization import batch_norm, batch_norm_composite
@@ -24,6 +23,7 @@ from tinygrad_bn.ops import loss as _loss
 from tinygrad_bn.ops import pooling as _pooling
 from tinygrad_bn.ops import reduction as _reduction
 from tinygrad_bn.ops import shape as _shape
+from tinygrad_bn.tape import TensorBase
 
 __all__ = [
     "accuracy",

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tinygrad_bn.autograd import TensorBase, no_grad
 from tinygrad_bn.backend import is_floating
+from tinygrad_bn.grad_mode import no_grad
 from tinygrad_bn.ops import batch_norm as _ops
+from tinygrad_bn.tape import TensorBase
 
 Axis = int | tuple[int, ...]
 

@@ -37,10 +37,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tinygrad_bn.autograd import Node, Output, TensorBase, is_grad_enabled, new_tensor
 from tinygrad_bn.backend import ARRAY_TYPES, as_array, is_floating, kernels, same_memory, saving
 from tinygrad_bn.domain import Domain
+from tinygrad_bn.grad_mode import is_grad_enabled
 from tinygrad_bn.rule import Rule
+from tinygrad_bn.tape import Node, Output, TensorBase, new_tensor
 
 _NOTHING: Mapping[str, Any] = {}
 

@@ -12,8 +12,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinygrad_bn.autograd import Node, Output, TensorBase, new_tensor
 from tinygrad_bn.backend import device_of
+from tinygrad_bn.tape import Node, Output, TensorBase, new_tensor
 
 if TYPE_CHECKING:
     from tinygrad_bn.op import Op

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tinygrad_bn import autograd, backend
-from tinygrad_bn.autograd import TensorBase, is_grad_enabled, new_tensor, require_floating
+from tinygrad_bn.grad_mode import is_grad_enabled
 from tinygrad_bn.ops import elementwise as _e
 from tinygrad_bn.ops import indexing as _i
 from tinygrad_bn.ops import linalg as _l
 from tinygrad_bn.ops import reduction as _r
 from tinygrad_bn.ops import shape as _s
 from tinygrad_bn.ops.reduction import Axis
+from tinygrad_bn.tape import Output, TensorBase, new_tensor, rebase, require_floating
 
 Array = Any
 Scalar = int | float | bool
@@ -127,7 +128,7 @@ class Tensor(TensorBase):
         """Return the name of the op that made this Tensor, None for a leaf."""
         if self.node is None:
             return None
-        node = self.node.parents[0] if isinstance(self.node, autograd.Output) else self.node
+        node = self.node.parents[0] if isinstance(self.node, Output) else self.node
         return node.op.name
 
     __hash__ = object.__hash__  # by identity, although == compares entries
@@ -316,7 +317,7 @@ class Tensor(TensorBase):
             before = _twin(self)
             result = op.record((before, value), self.data, options)
             write(self.data, raw)
-            autograd.rebase(self, result.node)
+            rebase(self, result.node)
             self.version[1] += 1
         else:
             write(self.data, raw)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 Pair = int | Sequence[int]
 
@@ -94,9 +94,11 @@ def pair(name: str, what: str, value: Pair, least: int) -> tuple[int, int]:
     >>> pair("conv2d", "stride", 2, 1)
     (2, 2)
     """
-    both = (value, value) if isinstance(value, int) else value
     try:
-        rows, columns = (v.__index__() for v in both)
+        if hasattr(value, "__index__"):
+            rows = columns = value.__index__()
+        else:
+            rows, columns = (v.__index__() for v in value)
     except (AttributeError, TypeError, ValueError):
         rows = columns = least - 1
     if rows < least or columns < least:
@@ -128,12 +130,15 @@ def windows(
     >>> windows("conv2d", (1, 3, 28, 28), (5, 5), "NCHW").out
     (24, 24)
     """
-    sizes = map(_hashable, (kernel, stride, padding, dilation))
-    return _windows(name, tuple(shape), layout, *sizes)
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return _windows(
+        name,
+        tuple(shape),
+        layout,
+        pair(name, "the kernel size", kernel, 1),
+        pair(name, "stride", stride, 1),
+        pair(name, "padding", padding, 0),
+        pair(name, "dilation", dilation, 1),
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -141,10 +146,10 @@ def _windows(
     name: str,
     shape: tuple[int, ...],
     layout: str,
-    kernel: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
 ) -> Windows:
     if layout not in LAYOUTS:
         raise ValueError(f"{name}: unknown layout {layout!r}; expected one of {sorted(LAYOUTS)}")
@@ -153,10 +158,6 @@ def _windows(
             f"{name}: the input has shape {shape}, of {len(shape)} axes; expected 4, "
             f"({', '.join(layout)}); for a single image add a batch axis with x[None]"
         )
-    kernel = pair(name, "the kernel size", kernel, 1)
-    stride = pair(name, "stride", stride, 1)
-    padding = pair(name, "padding", padding, 0)
-    dilation = pair(name, "dilation", dilation, 1)
     batch, height, width, channels = (shape[axis] for axis in LAYOUTS[layout])
     padded = (height + 2 * padding[0], width + 2 * padding[1])
     spans = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))

@@ -1,4 +1,4 @@
-"""Modules find their parts among their attributes, and keep them through copies, modes and moves."""
+"""Modules find their parts among their attributes, and keep them through copies and moves."""
 
 import copy
 import pickle

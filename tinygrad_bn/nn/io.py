@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tinygrad_bn import backend
-from tinygrad_bn.autograd import TensorBase
 from tinygrad_bn.backend.creation import from_bytes
 from tinygrad_bn.nn.module import Module
+from tinygrad_bn.tape import TensorBase
 from tinygrad_bn.tensor import Tensor
 
 #: The format's names of dtypes, and ours.

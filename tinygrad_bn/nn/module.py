@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from tinygrad_bn import backend
-from tinygrad_bn.autograd import TensorBase
 from tinygrad_bn.backend.creation import like
 from tinygrad_bn.nn.parameter import Parameter
+from tinygrad_bn.tape import TensorBase
 from tinygrad_bn.tensor import Tensor
 
 Self = TypeVar("Self", bound="Module")

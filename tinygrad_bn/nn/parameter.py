@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinygrad_bn.autograd import require_floating
 from tinygrad_bn.creation import tensor
+from tinygrad_bn.tape import require_floating
 from tinygrad_bn.tensor import Tensor
 
 

@@ -29,8 +29,8 @@ def _check_axis(name: str, x: Any, axis: Axis) -> None:
         axes = ()
     if not axes or any(x.shape[a] == 0 for a in axes):
         raise ValueError(
-            f"{name}: axis is {axis!r} and x has shape {x.shape}; expected an axis of x that has at "
-            f"least one entry, for example axis=-1"
+            f"{name}: axis is {axis!r} and x has shape {x.shape}; expected an axis of x that has "
+            f"at least one entry, for example axis=-1"
         )
 
 
@@ -71,13 +71,12 @@ def logsumexp(x: Any, *, axis: Axis = -1, keepdims: bool = False) -> Any:
 
 @logsumexp.def_vjp
 def _(g: Any, out: Any, x: Any, axis: Axis) -> Any:
-    # g softmax(x); all entries of -inf share nothing, and -inf - -inf must not be asked for.
+    # g softmax(x). Where all of x is -inf there is no largest entry to move, and -inf - -inf would
+    # be NaN.
     shape = kept_shape(x.shape, axis)
     out = out.reshape(shape)
-    return (
-        g.reshape(shape)
-        * exp(where(out == -math.inf, -math.inf, x - where(out == -math.inf, 0, out))),
-    )
+    gap = x - where(out == -math.inf, 0, out)
+    return (g.reshape(shape) * exp(gap),)
 
 
 @op(domain=Domain((_LOGITS,), _CASES))
@@ -141,14 +140,14 @@ def _check_target(logits: Any, target: Any) -> bool:
         )
     if target.dtype.kind not in "iu":
         raise ValueError(
-            f"cross_entropy: target of shape {labels} holds labels and must be of an integer dtype, "
-            f"not {target.dtype}; convert it, for example with target.astype('int64')"
+            f"cross_entropy: target of shape {labels} holds labels and must be of an integer "
+            f"dtype, not {target.dtype}; convert it, for example with target.astype('int64')"
         )
     if target.size and not (int(target.min()) >= 0 and int(target.max()) < shape[1]):
         raise ValueError(
             f"cross_entropy: labels range from {int(target.min())} to {int(target.max())}, but "
-            f"logits of shape {shape} have the classes 0 to {shape[1] - 1}; check the labels or the "
-            f"size of the last layer"
+            f"logits of shape {shape} have the classes 0 to {shape[1] - 1}; check the labels or "
+            f"the size of the last layer"
         )
     return True
 

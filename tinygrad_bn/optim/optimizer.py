@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from tinygrad_bn.autograd import TensorBase
 from tinygrad_bn.backend import array_module, device_of, float32
 from tinygrad_bn.backend.creation import like
+from tinygrad_bn.tape import TensorBase
 from tinygrad_bn.tensor import Tensor
 
 Params = Iterable[Any]  # of Tensors, or of groups: mappings with "params" and options

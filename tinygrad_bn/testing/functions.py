@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import backend
-from tinygrad_bn.autograd import TensorBase, grad, no_grad
+from tinygrad_bn.autograd import grad
+from tinygrad_bn.grad_mode import no_grad
 from tinygrad_bn.op import Op
+from tinygrad_bn.tape import TensorBase
 from tinygrad_bn.tensor import Tensor
 
 Array = Any

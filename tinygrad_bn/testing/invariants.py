@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import backend
-from tinygrad_bn.autograd import no_grad
+from tinygrad_bn.grad_mode import no_grad
 from tinygrad_bn.tensor import Tensor
 from tinygrad_bn.testing.errors import GradCheckError
 from tinygrad_bn.testing.functions import (

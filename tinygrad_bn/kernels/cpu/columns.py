@@ -18,8 +18,8 @@ from tinygrad_bn.windows import Windows
 
 Array = Any
 
-#: What the scratch of one chunk may take: with what it is multiplied with, it fits a core's L2.
-CHUNK_BYTES = 384 * 2**10
+#: What the scratch of one chunk may take, so that it stays in a core's L2 until it is multiplied.
+CHUNK_BYTES = 512 * 2**10
 
 
 class Chunk(NamedTuple):
@@ -31,18 +31,21 @@ class Chunk(NamedTuple):
     bottom: int
 
 
-def chunks(view: Windows, row_bytes: int) -> list[Chunk]:
-    """Return all images and output rows in chunks, given what one output row takes in scratch."""
+def chunks(view: Windows, row_bytes: int, limit: int = CHUNK_BYTES) -> list[Chunk]:
+    """Return all images and output rows in chunks of at most `limit` bytes where that can be.
+
+    row_bytes: what one output row takes in scratch.
+    """
     rows = view.out[0]
-    if rows * row_bytes > CHUNK_BYTES:
-        step = max(1, CHUNK_BYTES // row_bytes)
+    if rows * row_bytes > limit:
+        step = max(1, limit // row_bytes)
         return [
             Chunk(image, image + 1, top, min(top + step, rows))
             for image in range(view.batch)
             for top in range(0, rows, step)
         ]
     # At least four chunks a thread, or the threads finish apart.
-    step = max(1, min(CHUNK_BYTES // (rows * row_bytes), view.batch // (4 * num_threads())))
+    step = max(1, min(limit // (rows * row_bytes), view.batch // (4 * num_threads())))
     return [
         Chunk(first, min(first + step, view.batch), 0, rows) for first in range(0, view.batch, step)
     ]
@@ -87,6 +90,7 @@ class Columns:
         return self.view.out[1] * self.entries * self.x.dtype.itemsize
 
     def __call__(self, chunk: Chunk) -> Array:
+        """Return the chunk's windows, until the next call in this thread."""
         view = self.view
         images, rows = chunk.last - chunk.first, chunk.bottom - chunk.top
         source = self._padded_rows(chunk)

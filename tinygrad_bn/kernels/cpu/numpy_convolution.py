@@ -1,4 +1,4 @@
-"""`conv2d` in chunks: windows of a few images laid out in cache, then multiplied with the weights."""
+"""`conv2d` in chunks: the windows of a few images laid out in cache, times the weights."""
 
 from __future__ import annotations
 

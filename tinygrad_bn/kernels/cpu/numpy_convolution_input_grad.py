@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.kernels.cpu.columns import Chunk, chunks, pixels, serves
+from tinygrad_bn.kernels.cpu.columns import CHUNK_BYTES, Chunk, chunks, pixels, serves
 from tinygrad_bn.kernels.cpu.threads import parallel, scratch
 from tinygrad_bn.windows import Windows
 
@@ -31,7 +31,7 @@ def forward(y: Array, weight: Array, *, view: Windows) -> Any:
     # Rows of one image cannot be shared among threads here, since their windows overlap.
     row_bytes = view.out[1] * (outputs + 2 * view.channels) * y.dtype.itemsize
     groups: dict[tuple[int, int], list[Chunk]] = {}
-    for chunk in chunks(view, row_bytes):
+    for chunk in chunks(view, row_bytes, CHUNK_BYTES // 2):
         groups.setdefault((chunk.first, chunk.last), []).append(chunk)
     tasks = list(groups.values())
     in_place = view.layout == "NHWC" and view.padding == (0, 0)

@@ -1,7 +1,7 @@
 """A small pool of threads for the CPU kernels.
 
-NumPy releases Python's lock inside large operations, so chunks of one array can be worked on side by
-side. `parallel(task, count)` runs `task(0) ... task(count - 1)`, each index once, on whichever
+NumPy releases Python's lock inside large operations, so chunks of one array can be worked on side
+by side. `parallel(task, count)` runs `task(0) ... task(count - 1)`, each index once, on whichever
 thread is free; the caller's is one of them. A task must therefore give the same result in any
 order: it writes to its own part of an output, or to its own partial sum, never into a shared one.
 """
@@ -35,7 +35,7 @@ _count: int | None = None
 
 
 def available_cpus() -> int:
-    """Return how many CPUs this process may use: its affinity mask and its control group's quota."""
+    """Return how many CPUs this process may use, by its affinity and its control group's quota."""
     try:
         cpus = len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system

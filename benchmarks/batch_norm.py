@@ -1,0 +1,211 @@
+"""Batch norm alone, forward and backward apart, beside PyTorch eager.
+
+Shapes of small and large networks in float32, channels first (NCHW) and last (NHWC; in PyTorch
+`memory_format=channels_last`). Forward is `F.batch_norm(..., training=True)` with weight, bias and
+running statistics; backward is `y.backward(g)`, with gradients for x, weight and bias. First it is
+checked that both give the same y, gradients and running statistics.
+
+Reported: milliseconds as median [quartiles], and the ratio to PyTorch, turn by turn; below 1 we are
+faster. The summary is the geometric mean of the ratios of forward plus backward, and the worst one.
+What is compared is not quite the same work: our statistics are exact where PyTorch's are not
+(benchmarks/analytic_rule.py has the errors).
+
+    python benchmarks/batch_norm.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any, ClassVar
+
+import numpy as np
+from _measure import Contender, ratios, seconds, summarize, take_turns
+from _process import Remote
+from _report import close_report, open_report, parser, plan, present, print_table
+
+#: (layout, sizes in the order N, C, H, W; the channels are put last for NHWC)
+CASES = (
+    ("NCHW", (256, 20, 24, 24)),
+    ("NCHW", (256, 50, 10, 10)),
+    ("NCHW", (32, 64, 56, 56)),
+    ("NHWC", (256, 20, 24, 24)),
+    ("NHWC", (256, 50, 10, 10)),
+    ("NHWC", (32, 64, 56, 56)),
+    ("NC", (4096, 1024)),
+)
+Shape = tuple[int, ...]
+
+
+def draw(shape: Shape) -> dict[str, np.ndarray]:
+    """Return inputs and a cotangent, by name."""
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.standard_normal(shape, np.float32) + 0.5,
+        "weight": rng.standard_normal(shape[1], np.float32),
+        "bias": rng.standard_normal(shape[1], np.float32),
+        "g": rng.standard_normal(shape, np.float32),
+    }
+
+
+class BatchNorm(Contender):
+    """Both phases; a library fills in `start` and how batch norm is called."""
+
+    phases: ClassVar = ("forward", "backward")
+
+    def __init__(self, layout: str, shape: Shape, threads: int):
+        self.layout = layout
+        self.start(threads, **draw(shape))
+
+    def start(self, threads: int, **arrays: np.ndarray) -> None:
+        """Set `x`, `weight`, `bias`, `g`, `running_mean` and `running_var`, Tensors all."""
+        raise NotImplementedError
+
+    def apply(self) -> Any:
+        raise NotImplementedError
+
+    def forward(self) -> None:
+        for leaf in (self.x, self.weight, self.bias):
+            leaf.grad = None
+        self.y = self.apply()
+
+    def backward(self) -> None:
+        self.y.backward(self.g)
+
+    def results(self) -> dict[str, np.ndarray]:
+        """Return what was computed, images as NCHW, before the running statistics move on."""
+        self.forward()
+        self.backward()
+        found = {
+            "y": self.y,
+            "gx": self.x.grad,
+            "gweight": self.weight.grad,
+            "gbias": self.bias.grad,
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+        }
+        return {name: np.array(tensor.detach().numpy()) for name, tensor in found.items()}
+
+
+class TinygradBatchNorm(BatchNorm):
+    def start(self, threads: int, **arrays: np.ndarray) -> None:
+        import tinygrad_bn as tg
+
+        tg.set_num_threads(threads)
+        if self.layout == "NHWC":
+            for name in ("x", "g"):
+                arrays[name] = np.ascontiguousarray(arrays[name].transpose(0, 2, 3, 1))
+        self.x, self.weight, self.bias = (
+            tg.tensor(arrays[name], requires_grad=True) for name in ("x", "weight", "bias")
+        )
+        self.g = tg.tensor(arrays["g"])
+        self.running_mean = tg.zeros(self.weight.shape)
+        self.running_var = tg.ones(self.weight.shape)
+
+    def apply(self) -> Any:
+        from tinygrad_bn import functional as F
+
+        return F.batch_norm(
+            self.x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=True,
+            axis=-1 if self.layout == "NHWC" else 1,
+        )
+
+    def results(self) -> dict[str, np.ndarray]:
+        found = super().results()
+        if self.layout == "NHWC":
+            for name in ("y", "gx"):
+                found[name] = found[name].transpose(0, 3, 1, 2)
+        return found
+
+
+class TorchBatchNorm(BatchNorm):
+    def start(self, threads: int, **arrays: np.ndarray) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+        if self.layout == "NHWC":
+            for name in ("x", "g"):
+                tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+        self.x, self.weight, self.bias = (
+            tensors[name].requires_grad_() for name in ("x", "weight", "bias")
+        )
+        self.g = tensors["g"]
+        self.running_mean = torch.zeros(self.weight.shape)
+        self.running_var = torch.ones(self.weight.shape)
+
+    def apply(self) -> Any:
+        from torch.nn import functional as F
+
+        return F.batch_norm(
+            self.x, self.running_mean, self.running_var, self.weight, self.bias, training=True
+        )
+
+
+def check(ours: Remote, theirs: Remote) -> None:
+    """Raise AssertionError unless both compute the same."""
+    expected = theirs.ask("results")
+    for name, found in ours.ask("results").items():
+        # Largest differences seen are 1e-6 of the largest entry; a sum over 10⁵ float32 terms in
+        # another order accounts for some 1e-5.
+        atol = 1e-4 * np.abs(expected[name]).max()
+        np.testing.assert_allclose(found, expected[name], rtol=0, atol=atol, err_msg=name)
+
+
+def measure(
+    layout: str, shape: Shape, peers: list[str], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Return one row: milliseconds of each library and phase, and the ratios."""
+    arguments = (layout, shape, options.threads)
+    with Remote(TinygradBatchNorm, *arguments, threads=options.threads) as ours:
+        if not peers:
+            turns = take_turns({"ours": ours}, plan(options, settle=2, count=3))
+        else:
+            with Remote(TorchBatchNorm, *arguments, threads=options.threads) as theirs:
+                check(ours, theirs)
+                contenders = {"ours": ours, "PyTorch": theirs}
+                turns = take_turns(contenders, plan(options, settle=2, count=3))
+    sizes = (shape[0], *shape[2:], shape[1]) if layout == "NHWC" else shape
+    row: dict[str, Any] = {"layout": layout, "shape": sizes}
+    for phase in (*BatchNorm.phases, None):
+        name = phase or "both"
+        for library, taken in turns.items():
+            row[f"{name}, {library}"] = summarize(seconds(taken, phase)).scaled(1e3)
+        if peers:
+            pair = (seconds(turns[library], phase) for library in ("ours", "PyTorch"))
+            row[f"{name}, ratio"] = summarize(ratios(*pair))
+    return row
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    options = parser(__doc__, rounds=20).parse_args()
+    report = open_report("batch_norm", options)
+    peers = present(["torch"])
+    cases = CASES[1:5:3] if options.quick else CASES
+    report["rows"] = rows = [measure(*case, peers, options) for case in cases]
+    print("\nMilliseconds in training, float32; ratio: ours / PyTorch")
+    for name in (*BatchNorm.phases, "both"):
+        columns = [key for key in rows[0] if key.startswith(f"{name}, ")]
+        print_table(
+            ["layout", "shape", *columns],
+            [[row["layout"], row["shape"], *(row[column] for column in columns)] for row in rows],
+        )
+    if peers:
+        medians = [row["both, ratio"].median for row in rows]
+        report["geometric mean"] = statistics.geometric_mean(medians)
+        report["worst"] = max(medians)
+        print(
+            f"\nForward plus backward: geometric mean of the ratios {report['geometric mean']:.2f}, "
+            f"worst {report['worst']:.2f}"
+        )
+    close_report(report, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What is on the tape: Tensors as the tape sees them, and the nodes that ops leave behind them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tinygrad_bn.backend import is_floating
+
+if TYPE_CHECKING:
+    from tinygrad_bn.op import Op
+
+_next_age = itertools.count().__next__
+
+
+class TensorBase:
+    """What the tape needs to know of a Tensor; `tensor.Tensor` adds the operators and methods.
+
+    data: the raw array.
+    requires_grad: whether gradients flow to it.
+    grad: its accumulated gradient (a Tensor) or None.
+    node: the `Node` or `Output` that made it; None for a leaf.
+    version: `[writes, recorded writes]`, one list shared by all views of one memory.
+    view_of: for a view, the number of recorded writes when it was taken; None otherwise.
+    """
+
+    __slots__ = ("__weakref__", "data", "grad", "node", "requires_grad", "version", "view_of")
+
+    #: The class of op results; `tensor.py` puts itself here, since this floor cannot import it.
+    tensor_class: ClassVar[type[TensorBase]]
+
+    data: Any
+    grad: Any
+    node: Node | Output | None
+    requires_grad: bool
+    version: list[int]
+    view_of: int | None
+
+
+def new_tensor(data: Any, node: Node | Output | None = None) -> Any:
+    """Return a Tensor around a proper array, made by `node`."""
+    tensor = _new(TensorBase.tensor_class)
+    tensor.data = data
+    tensor.requires_grad = node is not None
+    tensor.grad = None
+    tensor.node = node
+    tensor.version = [0, 0]
+    tensor.view_of = None
+    return tensor
+
+
+_new = object.__new__
+
+
+class Node:
+    """One recorded op.
+
+    parents: for each flat array input, where its cotangent goes: a Node, an Output or a leaf
+        Tensor, or None for an input that needs no gradient.
+    shape, dtype: of the output; tuples of them for several outputs.
+    saved: for each rule of the op, the values it asked for; None once freed.
+    guards: `(input index, version list, writes seen)` for every saved Tensor (-1: the output).
+    retained: a weak reference to the Tensor that wants its gradient kept, or None; for several
+        outputs, such references by index.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "age",
+        "dtype",
+        "guards",
+        "op",
+        "parents",
+        "retained",
+        "saved",
+        "shape",
+    )
+
+    def __init__(self, op: Op, parents: tuple[Any, ...], shape: Any, dtype: Any):
+        self.op = op
+        self.parents = parents
+        self.shape = shape
+        self.dtype = dtype
+        self.saved: list[Any] | None = None
+        self.guards: list[tuple[int, list[int], int]] = []
+        self.retained: Any = None
+        self.age = _next_age()
+
+    def check(self) -> None:
+        """Raise RuntimeError unless everything that was saved is there and unchanged."""
+        if self.saved is None:
+            raise RuntimeError(
+                f"backward through {self.op.name!r} a second time: what it had saved was freed by "
+                f"the first pass; pass retain_graph=True to that one"
+            )
+        for index, version, seen in self.guards:
+            if version[0] != seen:
+                raise RuntimeError(
+                    f"backward through {self.op.name!r}: its {self.op.describe(index)} was changed "
+                    f"in place after the forward; call backward first, or write to a copy"
+                )
+
+    def free(self) -> None:
+        """Let go of what was saved."""
+        self.saved = None
+        self.guards = []
+
+
+class Output:
+    """The place of one output of a Node that has several: it files its cotangent under its index.
+
+    Two of the same node and index are one place.
+    """
+
+    __slots__ = ("__weakref__", "age", "dtype", "index", "parents", "shape")
+
+    def __init__(self, node: Node, index: int):
+        self.parents: tuple[Node] = (node,)
+        self.index = index
+        self.shape = node.shape[index]
+        self.dtype = node.dtype[index]
+        self.age = node.age + 0.5  # older than all that uses it, whenever it is made
+
+    @property
+    def retained(self) -> Any:
+        """A weak reference to the Tensor that wants its gradient kept, or None."""
+        return (self.parents[0].retained or {}).get(self.index)
+
+    @retained.setter
+    def retained(self, reference: Any) -> None:
+        (node,) = self.parents
+        node.retained = {**(node.retained or {}), self.index: reference}
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            type(other) is Output
+            and other.parents[0] is self.parents[0]
+            and other.index == self.index
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.parents[0]), self.index))
+
+
+def rebase(tensor: TensorBase, node: Any) -> None:
+    """Make `node` the history of `tensor`, which was written in place."""
+    before = tensor.node
+    if before is not None and before.retained is not None and before.retained() is tensor:
+        before.retained, node.retained = None, before.retained
+    tensor.node, tensor.requires_grad = node, True
+
+
+def require_floating(name: str, dtype: Any) -> None:
+    """Raise TypeError unless Tensors of `dtype` can require grad."""
+    if not is_floating(dtype):
+        raise TypeError(
+            f"{name}: only floating Tensors can require grad, this one is {dtype}; convert it "
+            f"first, for example with .astype('float32')"
+        )
