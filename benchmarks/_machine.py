@@ -53,7 +53,9 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    facts = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
     flags = facts.get("flags", "").split()
     vectors = next((name for name in ("avx512f", "avx2") if name in flags), "")
     return " ".join(filter(None, (facts.get("model name", platform.machine()), vectors)))

@@ -1,9 +1,10 @@
-"""How timings are taken here: side by side, in turns, after a warm-up, as medians with their spread.
+"""How timings are taken: side by side, in turns, after a warm-up, as medians with their spread.
 
-A machine speeds up and slows down while it is being measured. So contenders take turns, A B A B ...,
+A machine speeds up and slows down while it is being measured. So contenders take turns, A B A B,
 and what is reported as a ratio is the median of the ratios of turns that stood next to each other:
-whatever slows both leaves it alone. A turn is a few runs that are not timed (caches and threads
-settle) and a few that are.
+what slows both alike leaves it alone. (Other work on the machine does not: who waits for several
+threads suffers more. Measure on an idle one.) A turn is a few runs that are not timed, in which
+caches and threads settle, and a few that are.
 
     contenders = {"ours": Contender(...), "theirs": Contender(...)}
     times = take_turns(contenders, Plan(rounds=40))
@@ -47,7 +48,7 @@ class Contender:
     phases: ClassVar[tuple[str, ...]]
 
     def turn(self, settle: int, count: int) -> Turn:
-        """Return the median seconds of each phase over `count` runs, after `settle` untimed ones."""
+        """Return the median seconds of each phase over `count` runs, after `settle` untimed."""
         methods = [getattr(self, phase) for phase in self.phases]
         seconds: list[list[float]] = [[] for _ in methods]
         for i in range(-settle, count):

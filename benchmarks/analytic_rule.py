@@ -200,14 +200,18 @@ def reference(case: Case) -> Reference:
     x, weight, bias, g = (array.astype(np.longdouble) for array in draw(case).values())
     axis = case.axis % x.ndim
     reduced = tuple(i for i in range(x.ndim) if i != axis)
-    weight, bias = (v.reshape([-1 if i == axis else 1 for i in range(x.ndim)]) for v in (weight, bias))
+    weight, bias = (
+        v.reshape([-1 if i == axis else 1 for i in range(x.ndim)]) for v in (weight, bias)
+    )
     centred = x - x.mean(axis=reduced, keepdims=True)
     centred -= centred.mean(axis=reduced, keepdims=True)  # what the first mean's rounding left
     s = 1 / np.sqrt((centred * centred).mean(axis=reduced, keepdims=True) + np.longdouble(EPS))
     x_hat = centred * s
     gx = g * x_hat
-    dx = weight * s * (
-        g - g.mean(axis=reduced, keepdims=True) - x_hat * gx.mean(axis=reduced, keepdims=True)
+    dx = (
+        weight
+        * s
+        * (g - g.mean(axis=reduced, keepdims=True) - x_hat * gx.mean(axis=reduced, keepdims=True))
     )
 
     def largest(array: np.ndarray) -> np.ndarray:

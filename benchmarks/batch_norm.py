@@ -201,7 +201,7 @@ def main() -> None:
         report["geometric mean"] = statistics.geometric_mean(medians)
         report["worst"] = max(medians)
         print(
-            f"\nForward plus backward: geometric mean of the ratios {report['geometric mean']:.2f}, "
+            f"\nForward plus backward, ratios: geometric mean {report['geometric mean']:.2f}, "
             f"worst {report['worst']:.2f}"
         )
     close_report(report, options)

@@ -3,9 +3,9 @@
     y = x;  500 times:  y = y * a;  y = y + b        then backward from y
 
 A chain of 1,000 ops on float32 vectors of 1, 8 and 64 entries, forward and backward, beside PyTorch
-eager on the same chain. The operands a and b either require grad (each op has two gradients to give)
-or are constants. Reported: microseconds per op, forward plus backward, as median [quartiles]; and
-the ratio to PyTorch, turn by turn. Below 1 we are faster.
+eager on the same chain. The operands a and b either require grad (each op has two gradients to
+give) or are constants. Reported: microseconds per op as median [quartiles], and the ratio to
+PyTorch of forward plus backward, turn by turn; below 1 we are faster.
 
     python benchmarks/small_ops.py --quick
 """
@@ -98,21 +98,21 @@ def measure(
     arguments = (size, operands, options.length, options.threads)
     with Remote(TinygradChain, *arguments, threads=options.threads) as ours:
         if not peers:
-            turns = take_turns({"tinygrad_bn": ours}, plan(options, count=3))
+            turns = take_turns({"ours": ours}, plan(options, count=3))
         else:
             with Remote(TorchChain, *arguments, threads=options.threads) as theirs:
                 for a, b in zip(ours.ask("results"), theirs.ask("results"), strict=True):
                     # A thousand roundings of 6e-8 each, in another order.
                     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
-                contenders = {"tinygrad_bn": ours, "torch": theirs}
+                contenders = {"ours": ours, "PyTorch": theirs}
                 turns = take_turns(contenders, plan(options, count=3))
     row: dict[str, Any] = {"size": size, "operands": operands}
     for library, taken in turns.items():
         for phase in (*Chain.phases, None):
             us = summarize(seconds(taken, phase)).scaled(1e6 / options.length)
-            row[f"{library} {phase or 'both'}"] = us
+            row[f"{library}, {phase or 'both'}"] = us
     if peers:
-        row["ratio"] = summarize(ratios(*(seconds(turns[t]) for t in ("tinygrad_bn", "torch"))))
+        row["ratio"] = summarize(ratios(*(seconds(turns[t]) for t in ("ours", "PyTorch"))))
     return row
 
 

@@ -35,7 +35,6 @@ class Run:
         config["python"] = platform.python_version()
         text = json.dumps(config, indent=2)
         (self.folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-        self._metrics = open(self.folder / METRICS, "w", encoding="utf-8")  # noqa: SIM115
         self.logged: list[dict[str, float]] = []
 
     def log(self, **numbers: float) -> None:
@@ -43,7 +42,8 @@ class Run:
         self.logged.append(numbers)
         # JSON has no NaN.
         line = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-        print(json.dumps(line), file=self._metrics, flush=True)
+        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            print(json.dumps(line), file=file)
 
     def save(self, model: nn.Module) -> None:
         """Write the weights and the moving statistics."""
@@ -52,10 +52,12 @@ class Run:
     def draw(self, title: str) -> None:
         """Draw the curves of what was logged, if matplotlib is installed."""
         try:
-            from _plots import draw_curves
+            import matplotlib  # noqa: F401
         except ImportError as error:
             warn(f"no {CURVES}: {error}; pip install 'tinygrad_bn[train]'")
             return
+        from _plots import draw_curves
+
         draw_curves(self.logged, title, self.folder / CURVES)
 
 

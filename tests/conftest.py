@@ -14,7 +14,7 @@ from tinygrad_bn.op import REGISTRY
 settings.register_profile("tinygrad_bn_dev", max_examples=20, deadline=None)
 # The same examples in every run: a change is then to blame for a new failure, not the dice.
 settings.register_profile(
-    "tinygrad_bn_ci", max_examples=40, deadline=None, derandomize=True, print_blob=True
+    "tinygrad_bn_ci", max_examples=25, deadline=None, derandomize=True, print_blob=True
 )
 # `explain` reruns a failing test many times, which a long run cannot afford.
 settings.register_profile(

@@ -196,9 +196,9 @@ def _add(pending: dict[Any, Any], place: Any, g: Any, source: Any = None) -> Non
     if g.shape != place.shape:
         if not _is_broadcast(place.shape, g.shape):
             raise ValueError(
-                f"{source.op.name}: its derivative rule returned a cotangent of shape {g.shape} for "
-                f"an input of shape {place.shape}; it must have that shape, or one that the input "
-                f"was broadcast to"
+                f"{source.op.name}: its derivative rule returned a cotangent of shape {g.shape} "
+                f"for an input of shape {place.shape}; it must have that shape, or one that the "
+                f"input was broadcast to"
             )
         g = sum_to_shape(g, place.shape)
     if g.dtype != place.dtype:
@@ -285,8 +285,8 @@ def _references_of_a_variable() -> int:
     return sys.getrefcount(g)
 
 
-# What `sys.getrefcount(g)` gives where nothing but the local variable g refers to an object: 2, or 1
-# in later versions of Python.
+# What `sys.getrefcount(g)` gives where nothing but the local variable g refers to an object: 2, or
+# 1 in later versions of Python.
 _REFERENCES_OF_A_VARIABLE = _references_of_a_variable()
 
 

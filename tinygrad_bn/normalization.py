@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 from tinygrad_bn.backend import is_floating
-from tinygrad_bn.grad_mode import no_grad
 from tinygrad_bn.ops import batch_norm as _ops
 from tinygrad_bn.tape import TensorBase
 
@@ -70,43 +69,39 @@ def batch_norm(
     _check_vectors(vectors, channels, axes, x)
     if (running_mean is None) != (running_var is None):
         raise ValueError("batch_norm: give both running_mean and running_var, or neither")
-    eps = float(eps)
+    eps, momentum = float(eps), float(momentum)
     if not eps >= 0:
         raise ValueError(f"batch_norm: eps is {eps}, expected a number >= 0")
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"batch_norm: momentum is {momentum}, expected a weight of the new value in [0, 1]"
+        )
     if not training and running_mean is not None:
         return _ops.batch_norm_given(x, running_mean, running_var, weight, bias, axis=axes, eps=eps)
     m = _ops.values_per_channel(x.shape, axes)
     if m == 1 and math.prod(channels) > 0:
         raise ValueError(
             f"batch_norm: x of shape {tuple(x.shape)} has one value per channel (axis {axis}), "
-            f"whose variance is 0 whatever it is; use a larger batch, or training=False with running "
-            f"statistics"
+            f"whose variance is 0 whatever it is; use a larger batch, or training=False with "
+            f"running statistics"
         )
     out, statistics = _ops.batch_norm.call_with_residuals(x, weight, bias, axis=axes, eps=eps)
     if running_mean is not None and m > 0:
         update_running(running_mean, statistics["mean"], momentum)
-        unbiased = (
-            statistics["var"] * (m / (m - correction)) if m > correction else statistics["var"]
-        )
-        update_running(running_var, unbiased, momentum)
+        corrected = m / (m - correction) if m > correction else 1.0
+        update_running(running_var, statistics["var"] * corrected, momentum)
     return out
 
 
 def update_running(running: Any, value: Any, momentum: float) -> None:
     """Write (1 - momentum) · running + momentum · value into `running` (array or Tensor)."""
-    momentum = float(momentum)
-    if not 0 <= momentum <= 1:
-        raise ValueError(
-            f"batch_norm: momentum is {momentum}, expected a weight of the new value in [0, 1]"
-        )
     is_tensor = isinstance(running, TensorBase)
     data = running.data if is_tensor else running
     value = value.reshape(data.shape)
-    with no_grad():
-        # Written as a whole, not added to: the sum is formed in the wide dtype of `value`.
-        data[...] = data + momentum * (value - data)
-        if is_tensor:
-            running.version[0] += 1
+    # Written as a whole, not added to: the sum is formed in the wide dtype of `value`.
+    data[...] = data + momentum * (value - data)
+    if is_tensor:
+        running.version[0] += 1
 
 
 def batch_norm_composite(

@@ -75,7 +75,7 @@ def op(
     ...     return (3 * g * x * x,)
     >>> x = tg.tensor([2.0], requires_grad=True)
     >>> cube(x).backward()
-    ... x.grad.item()
+    >>> x.grad.item()
     12.0
     """
 
@@ -112,6 +112,12 @@ class Op:
         self.__wrapped__ = forward
         kinds = inspect.Parameter
         parameters = list(inspect.signature(forward).parameters.values())
+        for p in parameters:
+            if p.kind is kinds.POSITIONAL_OR_KEYWORD and p.default not in (kinds.empty, None):
+                raise TypeError(
+                    f"op {name}: {p.name} is positional, so an array, and cannot default to "
+                    f"{p.default!r}; options are keyword-only, after a *"
+                )
         self.inputs = tuple(p.name for p in parameters if p.kind is kinds.POSITIONAL_OR_KEYWORD)
         self.variadic = next((p.name for p in parameters if p.kind is kinds.VAR_POSITIONAL), None)
         self.defaults = {p.name: p.default for p in parameters if p.kind is kinds.KEYWORD_ONLY}
@@ -152,6 +158,7 @@ class Op:
     # --- calling -----------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **options: Any) -> Any:
+        """Return the output for arrays and Tensors given in order, and options by name."""
         return self.call_with_residuals(*args, **options)[0]
 
     def call_with_residuals(self, *args: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:

@@ -195,15 +195,21 @@ def _attached(value: Any, index: int, node: Node) -> Any:
 
 
 def _sharing_version(tensor: Any, index: int, node: Node) -> Any:
-    """Return `tensor` with the version of the original, so that what is recorded now sees writes."""
+    """Return `tensor` with the version of the original, so that later writes are seen."""
     tensor.version = next(version for i, version, _ in node.guards if i == index)
     return tensor
 
 
 def _is_discrete(value: Any) -> bool:
-    """Return whether a residual is integer or boolean, hence constant between the kinks."""
+    """Return whether a residual holds nothing floating, hence is constant between the kinks."""
     dtype = getattr(value, "dtype", None)
-    return isinstance(value, int) if dtype is None else dtype.kind in "iub"
+    if dtype is not None:
+        return dtype.kind in "iub"
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_discrete, value))
+    return not isinstance(value, (float, complex))
 
 
 def _attribute(arg: Any, attribute: str) -> Any:

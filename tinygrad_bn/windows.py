@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from operator import index
 from typing import NamedTuple
 
 Pair = int | Sequence[int]
@@ -94,12 +95,10 @@ def pair(name: str, what: str, value: Pair, least: int) -> tuple[int, int]:
     >>> pair("conv2d", "stride", 2, 1)
     (2, 2)
     """
+    both = value if isinstance(value, Sequence) else (value, value)
     try:
-        if hasattr(value, "__index__"):
-            rows = columns = value.__index__()
-        else:
-            rows, columns = (v.__index__() for v in value)
-    except (AttributeError, TypeError, ValueError):
+        rows, columns = map(index, both)
+    except (TypeError, ValueError):
         rows = columns = least - 1
     if rows < least or columns < least:
         raise ValueError(

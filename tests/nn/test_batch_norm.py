@@ -93,7 +93,7 @@ def test_without_momentum_the_statistics_are_the_mean_over_all_batches(count, co
     drawn = batches((5, 3), count, seed)
     for x in drawn:
         bn(x)
-    mean, var = (np.mean(s, axis=0) for s in zip(*(statistics(x, 1, correction) for x in drawn)))
+    mean, var = np.mean([statistics(x, 1, correction) for x in drawn], axis=0)
     np.testing.assert_allclose(bn.running_mean.numpy(), mean, rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(bn.running_var.numpy(), var, rtol=2e-6)
     assert bn.num_batches_tracked.item() == count

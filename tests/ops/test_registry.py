@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, reject
+from hypothesis import strategies as st
 
 import tinygrad_bn.functional  # noqa: F401  (registers every op of the library)
 from tinygrad_bn.op import REGISTRY, Op
@@ -29,10 +30,15 @@ DIFFERENTIABLE = [name for name, op in LIBRARY.items() if op.differentiable and 
 TWICE = [name for name in DIFFERENTIABLE if LIBRARY[name].domain.order >= 2]
 
 
-def on_drawn_inputs(op: Op, check: Callable[..., Any], **options: Any) -> None:
+FLOAT64 = st.just("float64")
+
+
+def on_drawn_inputs(
+    op: Op, check: Callable[..., Any], dtypes: st.SearchStrategy = FLOAT64, **options: Any
+) -> None:
     """Run `check` on calls of `op` that Hypothesis draws; a draw that tells nothing is rejected."""
 
-    @given(tgst.op_inputs(op))
+    @given(dtypes.flatmap(lambda dtype: tgst.op_inputs(op, dtype)))
     def run(drawn: tgst.OpInputs) -> None:
         try:
             check(drawn.fn, *drawn.arrays, **options)
@@ -68,7 +74,7 @@ def test_gradient_of_gradient_agrees_with_differences(name):
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_raw_arrays_and_tensors_agree(name):
-    on_drawn_inputs(LIBRARY[name], check_raw)
+    on_drawn_inputs(LIBRARY[name], check_raw, tgst.dtypes())
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -79,20 +85,14 @@ def test_dtypes_are_kept(name):
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_memory_layout_does_not_matter(name):
-    on_drawn_inputs(LIBRARY[name], check_layouts)
+    on_drawn_inputs(LIBRARY[name], check_layouts, tgst.dtypes())
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_nothing_is_changed_or_shared(name):
-    on_drawn_inputs(LIBRARY[name], check_pure)
+    on_drawn_inputs(LIBRARY[name], check_pure, tgst.dtypes())
 
 
 @pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if LIBRARY[name].kernels])
 def test_kernels_agree_with_the_generic_form(name):
-    for dtype in ("float64", "float32"):
-
-        @given(tgst.op_inputs(LIBRARY[name], dtype))
-        def run(drawn):
-            check_backends(drawn.fn, *drawn.arrays)
-
-        run()
+    on_drawn_inputs(LIBRARY[name], check_backends, tgst.dtypes())

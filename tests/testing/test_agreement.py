@@ -1,3 +1,4 @@
+import itertools
 import sys
 import types
 
@@ -76,7 +77,7 @@ def test_rule_that_ignores_strides_is_caught():
 
 def test_rule_that_differs_on_tensors_is_caught():
     op = made(lambda x: x * 2.0, x=lambda g: g * (2.0 if isinstance(g, np.ndarray) else 3.0))
-    with pytest.raises(GradCheckError, match="rules on Tensors .* against rules on raw arrays"):
+    with pytest.raises(GradCheckError, match=r"rules on Tensors .* against rules on raw arrays"):
         check_raw(op, *draw((3,)))
 
 
@@ -93,7 +94,10 @@ def test_function_that_wraps_raw_arrays_is_caught():
         check_raw(lambda x: Tensor(x) * 2.0, *draw((3,)))
 
 
-# --- kernels ---------------------------------------------------------------------------------------
+# --- kernels -----------------------------------------------------------------------------------
+
+
+_numbers = itertools.count()
 
 
 @pytest.fixture
@@ -101,7 +105,8 @@ def kernel_module(monkeypatch):
     """Return a function that makes an op with these fused kernels, in the `numpy` family."""
 
     def make(op, **kernels):
-        module = types.ModuleType(f"planted_kernels_{len(sys.modules)}")
+        # A new name each time: loaded kernels are remembered by their module's name.
+        module = types.ModuleType(f"planted_kernels_{next(_numbers)}")
         vars(module).update(kernels)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         op.use_kernels(numpy=module.__name__)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from tests.testing.planted import RIGHT, SHAPES, draw, made
+from tinygrad_bn import autograd
 from tinygrad_bn.backend import array_module
 from tinygrad_bn.testing import GradCheckError, check_dtypes, check_pure
 
@@ -51,6 +52,18 @@ def test_rule_that_changes_its_cotangent_is_caught():
     assert_impure(made(square, x=rule), "changed the cotangent of output 0")
 
 
+@pytest.fixture
+def sharing(monkeypatch):
+    """An engine that hands out whatever a rule returns. The real one copies what others hold."""
+    monkeypatch.setattr(autograd, "_own", lambda g, *rest: autograd.new_tensor(g))
+
+
+def test_the_engine_copies_what_rules_share():
+    op = made(lambda x: array_module(x).exp(x), x=lambda g, out: out)
+    check_pure(op, *draw((3, 2)))
+
+
+@pytest.mark.usefixtures("sharing")
 def test_gradient_that_is_an_input_is_caught():
     def forward(x, y):
         return (x * y).sum() * 0.0 + y
@@ -60,10 +73,12 @@ def test_gradient_that_is_an_input_is_caught():
     )
 
 
+@pytest.mark.usefixtures("sharing")
 def test_gradient_that_is_the_output_is_caught():
     assert_impure(made(lambda x: array_module(x).exp(x), x=lambda g, out: out), "with output 0")
 
 
+@pytest.mark.usefixtures("sharing")
 def test_gradient_in_a_buffer_that_is_used_again_is_caught():
     buffers = {}
 
@@ -72,7 +87,22 @@ def test_gradient_in_a_buffer_that_is_used_again_is_caught():
         np.multiply(g, 2.0 * x, out=buffer)
         return buffer
 
-    assert_impure(made(square, x=rule), "shares memory with the gradient of input 0 .* another")
+    assert_impure(made(square, x=rule), r"shares memory with the gradient of input 0 .* another")
+
+
+@pytest.mark.usefixtures("sharing")
+def test_gradients_that_share_memory_with_each_other_are_caught():
+    def rule(g, x, y):
+        both = g * 1.0
+        return both, both
+
+    op = made(lambda x, y: x + y, rule)
+    assert_impure(op, "shares memory with the gradient of input 1", *draw((3,), (3,)))
+
+
+@pytest.mark.usefixtures("sharing")
+def test_gradient_that_is_the_cotangent_is_caught():
+    assert_impure(made(lambda x: x + 1.0, x=lambda g: g), "shares memory with the cotangent")
 
 
 def test_output_in_a_buffer_that_is_used_again_is_caught():
@@ -105,7 +135,7 @@ def test_input_kept_behind_the_version_counter_is_caught():
         return x * x
 
     op = made(forward, x=lambda g: g * kept["x"] * 2.0)
-    assert_impure(op, "overwritten .* between forward and backward")
+    assert_impure(op, r"overwritten .* between forward and backward")
 
 
 def test_dtype_leak_of_the_output_is_caught():

@@ -11,7 +11,7 @@ from tinygrad_bn.op import Op
 from tinygrad_bn.testing import strategies as tgst
 
 
-def counted(strategy, classify, examples=300):
+def counted(strategy, classify, examples=200):
     """Return how often `classify` gave each of its answers, over drawn examples."""
     seen = Counter()
 
@@ -145,7 +145,7 @@ def test_small_arrays_shrink_entry_by_entry():
     assert sorted(x)[:3] == [0, 0, 0]
 
 
-# --- shapes ----------------------------------------------------------------------------------------
+# --- shapes ------------------------------------------------------------------------------------
 
 
 @given(tgst.broadcastable_shapes(3))
@@ -165,7 +165,7 @@ def test_layouts_are_layouts(layout):
     assert layout(np.ones((2, 3))).shape == (2, 3)
 
 
-# --- ops -------------------------------------------------------------------------------------------
+# --- ops ---------------------------------------------------------------------------------------
 
 
 def op_with(domain, variadic=False):

@@ -14,9 +14,9 @@ def manual_seed(seed: int) -> None:
     seed: an integer >= 0. Same seed, same machine: same numbers, to the bit.
 
     >>> manual_seed(0)
-    ... first = generator().random()
+    >>> first = generator().random()
     >>> manual_seed(0)
-    ... first == generator().random()
+    >>> first == generator().random()
     True
     """
     global _generator

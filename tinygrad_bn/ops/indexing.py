@@ -35,8 +35,12 @@ def is_basic(index: Any) -> bool:
 
 @op(view=True, domain=Domain(cases=tuple(case(shape, index=i) for shape, i, _ in _INDICES)))
 def getitem(x: Any, *, index: Any) -> Any:
-    """Return x[index]: a view for a basic index, a copy for an advanced one."""
-    return x[index]
+    """Return x[index]: a view for a basic index, even of one entry; a copy for an advanced one."""
+    out = x[index]
+    if hasattr(out, "base") and type(out) is type(x):
+        return out
+    # NumPy copies a single entry into a scalar; CuPy gives a view. With an Ellipsis both do.
+    return x[(*(index if isinstance(index, tuple) else (index,)), Ellipsis)]
 
 
 getitem.def_vjp(x=lambda g, x_shape, index: scatter_add(g, index=index, shape=x_shape))

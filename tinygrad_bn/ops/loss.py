@@ -152,7 +152,8 @@ def _check_target(logits: Any, target: Any) -> bool:
     return True
 
 
-def _one_hot(labels: Any, classes: int) -> Any:
+@op(differentiable=False)
+def is_class(labels: Any, *, classes: int) -> Any:
     """Return whether each class is the label: (N, ...) -> (N, classes, ...) of booleans."""
     xp = array_module(labels)
     order = xp.arange(classes).reshape((classes, *(1,) * (labels.ndim - 1)))
@@ -217,7 +218,7 @@ def _(g: Any, logits: Any, target: Any, logs: Any, reduction: str, needs: Any) -
     g = g.reshape((shape[0], 1, *shape[2:]) if reduction == "none" else (1,) * len(shape))
     if target.ndim < len(shape):
         probabilities = exp(logs)
-        hot = _one_hot(target, shape[1])
+        hot = is_class(target, classes=shape[1])
         return (where(hot, probabilities - 1, probabilities) * g, None)
     glogits = None
     if needs[0]:

@@ -137,7 +137,7 @@ def flip(x: Any, *, axis: int | tuple[int, ...] | None = None) -> Any:
 flip.def_vjp(x=lambda g, axis: flip(g, axis=axis))
 
 
-@op(domain=Domain(cases=(case((2, 3), device="cpu"),)))
+@op(view=True, domain=Domain(cases=(case((2, 3), device="cpu"),)))
 def to_device(x: Any, *, device: str) -> Any:
     """Return x on `device`."""
     return backend.to_device(x, device)

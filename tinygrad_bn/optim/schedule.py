@@ -137,7 +137,8 @@ class OneCycle(Schedule):
         top = self.rise * last
         if step < top:
             return _half_cosine(self.start, 1.0, step / top)
-        return _half_cosine(1.0, self.end, (step - top) / max(1, last - top))
+        # A schedule of a single step stays at the peak.
+        return _half_cosine(1.0, self.end, (step - top) / (last - top) if last else 0.0)
 
 
 def _half_cosine(begin: float, end: float, done: float) -> float:

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from tinygrad_bn import backend
 from tinygrad_bn.testing.strategies.arrays import seeds
+from tinygrad_bn.testing.strategies.shown import shown_fields
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BatchNormInputs:
     """What `F.batch_norm` takes, and a cotangent for what it returns.
 
@@ -33,6 +34,13 @@ class BatchNormInputs:
     eps: float
     cotangent: np.ndarray
     axis: int
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        # What Hypothesis prints by; without it a dataclass is spelt out to the last entry.
+        printer.text(repr(self))
+
+    def __repr__(self) -> str:
+        return shown_fields("BatchNormInputs", vars(self))
 
     @property
     def channels(self) -> int:

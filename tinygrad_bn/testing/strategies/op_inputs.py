@@ -13,15 +13,24 @@ from tinygrad_bn.domain import Boolean, Domain, Integer, Real
 from tinygrad_bn.op import Op
 from tinygrad_bn.testing.strategies.arrays import away_from_kinks, distinct_arrays, seeds
 from tinygrad_bn.testing.strategies.shapes import Shape, broadcastable_shapes
+from tinygrad_bn.testing.strategies.shown import shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OpInputs:
     """One call of an op: `fn(*arrays)` is the op with its options, ready for the checkers."""
 
     op: Op
     arrays: tuple[np.ndarray | None, ...]
     options: Mapping[str, Any]
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        # What Hypothesis prints by; without it a dataclass is spelt out to the last entry.
+        printer.text(repr(self))
+
+    def __repr__(self) -> str:
+        options = [f"{name}={value!r}" for name, value in self.options.items()]
+        return f"{self.op.name}({', '.join([*map(shown, self.arrays), *options])})"
 
     @property
     def fn(self) -> Callable[..., Any]:
