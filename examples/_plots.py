@@ -24,8 +24,10 @@ def draw_curves(logged: Sequence[Mapping[str, float]], title: str, path: Path) -
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", color=TEXT)
     loss, accuracy = figure.subplots(1, 2)
-    _panel(loss, logged, "loss", "Cross-entropy", "{:.3f}")
-    _panel(accuracy, logged, "accuracy", "Accuracy", "{:.3f}")
+    _panel(loss, logged, "loss", "Cross-entropy")
+    _panel(accuracy, logged, "accuracy", "Accuracy")
+    if accuracy.get_legend_handles_labels()[0]:
+        accuracy.legend(frameon=False, fontsize=9, labelcolor=TEXT, loc="lower right")
     losses = _series(logged, "loss")[1]
     losses = losses[np.isfinite(losses)]
     if len(losses):
@@ -35,9 +37,7 @@ def draw_curves(logged: Sequence[Mapping[str, float]], title: str, path: Path) -
     figure.savefig(path)
 
 
-def _panel(
-    axes: Any, logged: Sequence[Mapping[str, float]], key: str, title: str, form: str
-) -> None:
+def _panel(axes: Any, logged: Sequence[Mapping[str, float]], key: str, title: str) -> None:
     steps, values = _series(logged, key)
     tests, scores = _series(logged, f"test_{key}")
     axes.plot(steps, values, color=TRAIN, alpha=0.25, linewidth=0.8)
@@ -49,7 +49,7 @@ def _panel(
             tests, scores, "o-", color=TEST, markersize=4.5, linewidth=1.2, label="all test images"
         )
         axes.annotate(
-            form.format(scores[-1]),
+            f"{scores[-1]:.3f}",
             (tests[-1], scores[-1]),
             xytext=(8, 0),
             textcoords="offset points",
@@ -68,8 +68,6 @@ def _panel(
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
     axes.margins(x=0.01)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, labelcolor=TEXT)
 
 
 def _series(logged: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -272,3 +272,10 @@ def test_repr_shows_entries_dtype_and_where_it_came_from(make, text):
 
 def test_repr_of_a_large_tensor_is_short():
     assert len(repr(tg.tensor(np.zeros((1000, 1000))))) < 1000
+
+
+def test_a_single_entry_can_be_formatted_as_a_number():
+    assert f"{tg.tensor([2.5]):.3f}" == "2.500"
+    assert f"{tg.tensor([2.5])}" == repr(tg.tensor([2.5]))
+    with pytest.raises(ValueError):
+        f"{tg.tensor([1.0, 2.0]):.3f}"

@@ -124,6 +124,9 @@ class Tensor(TensorBase):
             facts.append("requires_grad=True")
         return f"{type(self).__name__}({body}, {', '.join(facts)})"
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec and self.size == 1 else format(repr(self), spec)
+
     def node_name(self) -> str | None:
         """Return the name of the op that made this Tensor, None for a leaf."""
         if self.node is None:

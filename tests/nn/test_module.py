@@ -154,6 +154,9 @@ def test_repr_is_a_tree():
     assert repr(nn.Sequential(nn.Sequential(nn.ReLU()), nn.Flatten())) == (
         "Sequential(\n  (0): Sequential(\n    (0): ReLU()\n  )\n  (1): Flatten(start_axis=1)\n)"
     )
+    block = network()[0]
+    block.extra_repr = lambda: "width=3"
+    assert repr(block).splitlines()[:2] == ["Block(", "  width=3"]
     assert repr(network()[0]).splitlines()[1] == (
         "  (first): Linear(in_features=3, out_features=3, bias=True)"
     )

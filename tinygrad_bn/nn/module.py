@@ -283,11 +283,12 @@ class Module:
         return ""
 
     def __repr__(self) -> str:
-        lines = [f"({name}): {child!r}" for name, child in self.named_children()]
-        if not lines:
-            return f"{type(self).__name__}({self.extra_repr()})"
-        body = "\n".join(lines).replace("\n", "\n  ")
-        return f"{type(self).__name__}({self.extra_repr()}\n  {body}\n)"
+        inside = [f"({name}): {child!r}" for name, child in self.named_children()]
+        extra = self.extra_repr()
+        if not inside:
+            return f"{type(self).__name__}({extra})"
+        body = "\n".join([extra, *inside] if extra else inside).replace("\n", "\n  ")
+        return f"{type(self).__name__}(\n  {body}\n)"
 
 
 def _join(prefix: str, name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tinygrad_bn.backend import array_module, is_floating, saving
+from tinygrad_bn.backend import array_module, device_of, is_floating, saving
 from tinygrad_bn.domain import Domain, Real, case
 from tinygrad_bn.op import op
 from tinygrad_bn.ops.convolution import working_dtype
@@ -34,9 +34,11 @@ def _check_axis(name: str, x: Any, axis: Axis) -> None:
         )
 
 
-def _working(x: Any) -> tuple[Any, Any]:
+def _working(x: Any, target: Any = None) -> tuple[Any, Any]:
     """Return x in the dtype to compute in, and the dtype of the result."""
-    dtype, work = working_dtype(x)
+    dtype, work = working_dtype(x, target)
+    if target is not None and not is_floating(target.dtype):  # one-hot rows of integers or booleans
+        dtype, work = working_dtype(x)
     if not is_floating(dtype):
         dtype = work = array_module(x).result_type(dtype, float)
     return x.astype(work, copy=False), dtype
@@ -143,7 +145,9 @@ def _check_target(logits: Any, target: Any) -> bool:
             f"cross_entropy: target of shape {labels} holds labels and must be of an integer "
             f"dtype, not {target.dtype}; convert it, for example with target.astype('int64')"
         )
-    if target.size and not (int(target.min()) >= 0 and int(target.max()) < shape[1]):
+    # Only on the CPU: reading a value back from a GPU would make every step wait for it.
+    on_cpu = device_of(target) == "cpu"
+    if on_cpu and target.size and not (target.min() >= 0 and target.max() < shape[1]):
         raise ValueError(
             f"cross_entropy: labels range from {int(target.min())} to {int(target.max())}, but "
             f"logits of shape {shape} have the classes 0 to {shape[1] - 1}; check the labels or "
@@ -181,6 +185,10 @@ def cross_entropy(logits: Any, target: Any, *, reduction: str = "mean") -> Any:
     impossible. reduction: "mean" (over everything but the classes), "sum" or "none". The mean over
     an empty batch is NaN. float16 is computed in float32 and rounded once.
 
+    >>> import numpy as np
+    >>> cross_entropy(np.array([[0.0, 0.0], [0.0, 1000.0]]), np.array([0, 1]))
+    array(0.34657359)
+
     Raises ValueError for shapes that do not fit, and for labels out of range.
     """
     has_labels = _check_target(logits, target)
@@ -189,12 +197,13 @@ def cross_entropy(logits: Any, target: Any, *, reduction: str = "mean") -> Any:
             f"cross_entropy: unknown reduction {reduction!r}; use one of {_REDUCTIONS}"
         )
     xp = array_module(logits)
-    x, dtype = _working(logits)
+    x, dtype = _working(logits, None if has_labels else target)
     logs = _log_softmax(x, 1)
     if has_labels:
         losses = -xp.take_along_axis(logs, target[:, None], axis=1).sum(axis=1)
     else:
-        losses = -xp.where(target == 0, 0, target * xp.where(target == 0, 0, logs)).sum(axis=1)
+        # Not target * logs alone, which is NaN where a target of 0 meets a logarithm of -inf.
+        losses = -(target.astype(x.dtype) * xp.where(target == 0, 0, logs)).sum(axis=1)
     return saving(_reduced(xp, losses, reduction).astype(dtype, copy=False), logs=logs)
 
 

@@ -31,21 +31,21 @@ class Chunk(NamedTuple):
     bottom: int
 
 
-def chunks(view: Windows, row_bytes: int, limit: int = CHUNK_BYTES) -> list[Chunk]:
-    """Return all images and output rows in chunks of at most `limit` bytes where that can be.
+def chunks(view: Windows, row_bytes: int) -> list[Chunk]:
+    """Return all images and output rows in chunks of at most CHUNK_BYTES where that can be.
 
     row_bytes: what one output row takes in scratch.
     """
     rows = view.out[0]
-    if rows * row_bytes > limit:
-        step = max(1, limit // row_bytes)
+    if rows * row_bytes > CHUNK_BYTES:
+        step = max(1, CHUNK_BYTES // row_bytes)
         return [
             Chunk(image, image + 1, top, min(top + step, rows))
             for image in range(view.batch)
             for top in range(0, rows, step)
         ]
     # At least four chunks a thread, or the threads finish apart.
-    step = max(1, min(limit // (rows * row_bytes), view.batch // (4 * num_threads())))
+    step = max(1, min(CHUNK_BYTES // (rows * row_bytes), view.batch // (4 * num_threads())))
     return [
         Chunk(first, min(first + step, view.batch), 0, rows) for first in range(0, view.batch, step)
     ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.kernels.cpu.columns import CHUNK_BYTES, Chunk, chunks, pixels, serves
+from tinygrad_bn.kernels.cpu.columns import Chunk, chunks, pixels, serves
 from tinygrad_bn.kernels.cpu.threads import parallel, scratch
 from tinygrad_bn.windows import Windows
 
@@ -29,9 +29,10 @@ def forward(y: Array, weight: Array, *, view: Windows) -> Any:
     matrices = np.ascontiguousarray(weight.transpose(2, 3, 0, 1))  # (KH, KW, O, C)
     x = np.empty(view.shape, y.dtype)
     # Rows of one image cannot be shared among threads here, since their windows overlap.
-    row_bytes = view.out[1] * (outputs + 2 * view.channels) * y.dtype.itemsize
+    # Each row is used KH · KW times, so it counts double: it should stay closer than in L2.
+    row_bytes = 2 * view.out[1] * (outputs + 2 * view.channels) * y.dtype.itemsize
     groups: dict[tuple[int, int], list[Chunk]] = {}
-    for chunk in chunks(view, row_bytes, CHUNK_BYTES // 2):
+    for chunk in chunks(view, row_bytes):
         groups.setdefault((chunk.first, chunk.last), []).append(chunk)
     tasks = list(groups.values())
     in_place = view.layout == "NHWC" and view.padding == (0, 0)
