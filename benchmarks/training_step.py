@@ -29,13 +29,15 @@ from _report import close_report, open_report, parser, plan, present, print_tabl
 from _steps import PEERS, Batch, TinygradStep, draw_batch, draw_noise, start_values
 
 OURS = "tinygrad_bn"
-TOLERANCE = 1e-3
+TOLERANCE = 1e-2
 
 
 def check(name: str, found: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> float:
     """Return the largest difference to our results, relative to the largest entry of its array.
 
-    Raises AssertionError above TOLERANCE; differences of 1e-5 are the rounding of float32 sums.
+    Raises AssertionError above TOLERANCE. The rounding of float32 sums makes differences of 1e-5. Of
+    the million pooling windows and ReLUs one may be decided otherwise by a rounding, and a gradient,
+    a sum of as many terms of either sign, then moves by some 1e-3.
     """
     if found.keys() != ours.keys():
         raise AssertionError(f"{name} computes {sorted(found)}, we {sorted(ours)}")

@@ -65,6 +65,7 @@ __all__ = [
     "full_like",
     "functional",
     "get_default_device",
+    "get_num_threads",
     "grad",
     "is_grad_enabled",
     "kernel_status",
@@ -106,9 +107,7 @@ def kernel_status() -> dict[str, dict[str, str]]:
     >>> tg.kernel_status()["tanh"]
     {'generic': 'tanh has no kernels'}
     """
-    importlib.import_module(
-        "tinygrad_bn.functional"
-    )  # which registers the ops that are not here yet
+    importlib.import_module("tinygrad_bn.functional")  # it registers the ops not yet loaded
     return {name: _kernels.status(name, op.kernels) for name, op in sorted(_REGISTRY.items())}
 
 
@@ -116,9 +115,19 @@ def set_num_threads(count: int) -> None:
     """Set how many threads the CPU kernels use; `TINYGRAD_BN_NUM_THREADS` is the default.
 
     >>> import tinygrad_bn as tg
-    >>> tg.set_num_threads(1)
+    >>> tg.set_num_threads(tg.get_num_threads())
     """
     importlib.import_module("tinygrad_bn.kernels.cpu.threads").set_num_threads(count)
+
+
+def get_num_threads() -> int:
+    """Return how many threads the CPU kernels use.
+
+    >>> import tinygrad_bn as tg
+    >>> tg.get_num_threads() >= 1
+    True
+    """
+    return importlib.import_module("tinygrad_bn.kernels.cpu.threads").num_threads()
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ def out_size(size, kernel, stride, padding, dilation=1):
 
 
 @st.composite
-def convolutions(draw, dtype=np.float64, groups=st.integers(1, 3), most=3, least_batch=1):
+def convolutions(draw, dtype=np.float64, most=3, most_groups=3):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     pairs = lambda low, high: st.tuples(*[st.integers(low, high)] * 2)  # noqa: E731
     kernel, stride, dilation = draw(pairs(1, 3)), draw(pairs(1, 3)), draw(pairs(1, 2))
@@ -38,8 +38,8 @@ def convolutions(draw, dtype=np.float64, groups=st.integers(1, 3), most=3, least
         max(1, d * (k - 1) + 1 - 2 * p) + e
         for k, d, p, e in zip(kernel, dilation, padding, extra, strict=True)
     )
-    groups, per_group = draw(groups), draw(pairs(1, most))
-    batch = draw(st.integers(least_batch, most))
+    groups, per_group = draw(st.integers(1, most_groups)), draw(pairs(1, most))
+    batch = draw(st.integers(1, most))
     layout = draw(st.sampled_from(["NCHW", "NHWC"]))
     x = rng.normal(size=(batch, groups * per_group[0], h, w)).astype(dtype)
     weight = rng.normal(size=(groups * per_group[1], per_group[0], *kernel)).astype(dtype)

@@ -1,4 +1,4 @@
-"""conv2d and its two transposes: by definition, as adjoints, in every layout, and what they refuse."""
+"""conv2d and its transposes: by definition, as adjoints, in every layout, and what they refuse."""
 
 import numpy as np
 import pytest
@@ -107,7 +107,7 @@ def test_inputs_in_any_memory_order_are_read_and_left_alone(case, data):
         return array
 
     x, weight, y, view = laid_out(case.x), laid_out(case.weight), laid_out(case.y), view_of(case)
-    same = dict(rtol=1e-12, atol=1e-12)
+    same = {"rtol": 1e-12, "atol": 1e-12}
     np.testing.assert_allclose(
         conv2d(x, weight, **case.options), conv2d(case.x, case.weight, **case.options), **same
     )
@@ -173,7 +173,7 @@ def test_mixed_dtypes_promote_as_numpys():
     ],
 )
 def test_errors_say_what_came_and_what_was_expected(x, weight, bias, options, parts):
-    with pytest.raises(ValueError, match="^conv2d: ") as caught:
+    with pytest.raises(ValueError, match=r"^conv2d: ") as caught:
         conv2d(np.ones(x), np.ones(weight), None if bias is None else np.ones(bias), **options)
     for part in parts:
         assert part in str(caught.value)
