@@ -29,15 +29,16 @@ from _report import close_report, open_report, parser, plan, present, print_tabl
 from _steps import PEERS, Batch, TinygradStep, draw_batch, draw_noise, start_values
 
 OURS = "tinygrad_bn"
-TOLERANCE = 1e-2
+TOLERANCE = 3e-2
 
 
 def check(name: str, found: dict[str, np.ndarray], ours: dict[str, np.ndarray]) -> float:
     """Return the largest difference to our results, relative to the largest entry of its array.
 
-    Raises AssertionError above TOLERANCE. The rounding of float32 sums makes differences of 1e-5. Of
-    the million pooling windows and ReLUs one may be decided otherwise by a rounding, and a gradient,
-    a sum of as many terms of either sign, then moves by some 1e-3.
+    Raises AssertionError above TOLERANCE. Rounding alone makes differences of 1e-5. But a float32
+    mean that is off by so much decides a few of the million ReLUs and pooling windows otherwise;
+    then a gradient, a sum of as many terms of either sign, moves by up to a hundredth, as PyTorch's
+    does with channels last on one thread. Another computation differs by tenths.
     """
     if found.keys() != ours.keys():
         raise AssertionError(f"{name} computes {sorted(found)}, we {sorted(ours)}")
@@ -68,8 +69,8 @@ def measure(layout: str, peers: list[str], options: argparse.Namespace) -> dict[
             for name, step in classes.items()
             if layout in step.layouts
         }
-        # Noise has no flat parts. In those of real images the entries of a pooling window are equal
-        # but for rounding, so which one takes the gradient differs from library to library.
+        # Noise has no flat parts. In those of real images all entries of a pooling window are equal
+        # but for rounding, which then decides who takes the gradient.
         load(contenders, draw_noise(options.batch))
         results = {name: contender.ask("results") for name, contender in contenders.items()}
         differences = {name: check(name, found, results[OURS]) for name, found in results.items()}

@@ -15,7 +15,12 @@ from typing import Any
 
 from tinygrad_bn.backend import array_module, as_dtype, float32, generator
 from tinygrad_bn.backend.creation import like
-from tinygrad_bn.normalization import batch_norm, batch_norm_composite
+from tinygrad_bn.normalization import (
+    batch_norm,
+    batch_norm_composite,
+    batch_norm_relu,
+    batch_renorm,
+)
 from tinygrad_bn.ops import convolution as _convolution
 from tinygrad_bn.ops import elementwise as _elementwise
 from tinygrad_bn.ops import linalg as _linalg
@@ -30,6 +35,8 @@ __all__ = [
     "avg_pool2d",
     "batch_norm",
     "batch_norm_composite",
+    "batch_norm_relu",
+    "batch_renorm",
     "concatenate",
     "conv2d",
     "cross_entropy",

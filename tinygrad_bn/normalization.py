@@ -6,11 +6,12 @@ one, and channels are on axis 1 unless said otherwise.
 
 from __future__ import annotations
 
-import math
+import operator
 from typing import Any
 
-from tinygrad_bn.backend import is_floating
+from tinygrad_bn.backend import accumulation_dtype, is_floating
 from tinygrad_bn.ops import batch_norm as _ops
+from tinygrad_bn.ops.elementwise import clip, relu, sqrt, where
 from tinygrad_bn.tape import TensorBase
 
 Axis = int | tuple[int, ...]
@@ -27,6 +28,8 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     axis: Axis = 1,
+    mask: Any = None,
+    groups: int = 1,
     correction: float = 1,
 ) -> Any:
     """Return `x` normalized per channel: weight · (x - mean) / √(var + eps) + bias.
@@ -42,14 +45,20 @@ def batch_norm(
     eps: added to the variance, in units of x².
     axis: the channel axis, or a tuple of axes that are kept; weight and the rest then have the
         sizes of these axes, in x's order. -1 is channels-last.
+    mask: how often each value counts (frequencies >= 0, or booleans): as many dimensions as x, size
+        1 along `axis`, broadcastable along the others, e.g. (N, 1, 1, 1). What counts 0 times, be
+        it NaN, gives bias and takes no gradient. Applies to the statistics of the batch.
+    groups: into how many equal parts axis 0 is split, each normalized by itself (ghost batches).
+        The running statistics make one step, towards the average over the groups.
     correction: of the *running* variance, which divides by m - correction: 1 unbiased (PyTorch),
         0 biased (Keras, Flax). The batch itself is always normalized by the biased variance.
 
     The result has the dtype of x; statistics are computed in float64. A constant channel gives
-    exactly bias. Source: Ioffe and Szegedy 2015, Algorithm 1.
+    exactly bias, and so does a batch or group in which a mask leaves fewer than two values; that
+    one moves no running statistic. Source: Ioffe and Szegedy 2015, Algorithm 1.
 
-    Raises ValueError for a rank below 2, vectors that do not fit the channels, and in training
-    for one value per channel, whose variance says nothing; TypeError for integers.
+    Raises ValueError for a rank below 2, arguments that do not fit x, and in training for one
+    value per channel, whose variance says nothing; TypeError for integers.
 
     >>> import numpy as np
     >>> x = np.arange(6.0).reshape(3, 2)
@@ -59,14 +68,8 @@ def batch_norm(
      [ 1.22474258  1.22474258]]
     """
     axes = kept_axes("batch_norm", x, axis)
-    channels = tuple(x.shape[a] for a in axes)
-    vectors = {
-        "running_mean": running_mean,
-        "running_var": running_var,
-        "weight": weight,
-        "bias": bias,
-    }
-    _check_vectors(vectors, channels, axes, x)
+    vectors = {"running_mean": running_mean, "running_var": running_var}
+    check_vectors("batch_norm", {**vectors, "weight": weight, "bias": bias}, axes, x)
     if (running_mean is None) != (running_var is None):
         raise ValueError("batch_norm: give both running_mean and running_var, or neither")
     eps, momentum = float(eps), float(momentum)
@@ -78,30 +81,159 @@ def batch_norm(
         )
     if not training and running_mean is not None:
         return _ops.batch_norm_given(x, running_mean, running_var, weight, bias, axis=axes, eps=eps)
-    m = _ops.values_per_channel(x.shape, axes)
-    if m == 1 and math.prod(channels) > 0:
-        raise ValueError(
-            f"batch_norm: x of shape {tuple(x.shape)} has one value per channel (axis {axis}), "
-            f"whose variance is 0 whatever it is; use a larger batch, or training=False with "
-            f"running statistics"
-        )
-    out, statistics = _ops.batch_norm.call_with_residuals(x, weight, bias, axis=axes, eps=eps)
-    if running_mean is not None and m > 0:
-        update_running(running_mean, statistics["mean"], momentum)
-        corrected = m / (m - correction) if m > correction else 1.0
-        update_running(running_var, statistics["var"] * corrected, momentum)
+    mask = _checked_sample("batch_norm", x, axes, mask, groups)
+    out, statistics = _ops.batch_norm.call_with_residuals(
+        x, weight, bias, mask, axis=axes, eps=eps, groups=groups
+    )
+    if running_mean is not None and x.size:
+        mean, var, counted = _step_statistics(statistics, axes, groups, correction)
+        update_running(running_mean, mean, momentum, counted)
+        update_running(running_var, var, momentum, counted)
     return out
 
 
-def update_running(running: Any, value: Any, momentum: float) -> None:
-    """Write (1 - momentum) · running + momentum · value into `running` (array or Tensor)."""
-    is_tensor = isinstance(running, TensorBase)
-    data = running.data if is_tensor else running
-    value = value.reshape(data.shape)
+def batch_norm_relu(
+    x: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: Axis = 1,
+    mask: Any = None,
+    groups: int = 1,
+    correction: float = 1,
+    residual: Any = None,
+) -> Any:
+    """Return max(batch_norm(x) + residual, 0).
+
+    residual: of x's shape, or None for 0. The other arguments as in `batch_norm`.
+
+    >>> import numpy as np
+    >>> batch_norm_relu(np.array([[-1.0], [1.0]]), training=True, eps=0.0)
+    array([[0.],
+           [1.]])
+    """
+    y = batch_norm(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        axis=axis,
+        mask=mask,
+        groups=groups,
+        correction=correction,
+    )
+    if residual is not None:
+        if tuple(residual.shape) != tuple(x.shape):
+            raise ValueError(
+                f"batch_norm_relu: residual has shape {tuple(residual.shape)}, expected x's, "
+                f"{tuple(x.shape)}"
+            )
+        y = y + residual
+    return relu(y)
+
+
+def batch_renorm(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    r_max: float = 3.0,
+    d_max: float = 5.0,
+    axis: Axis = 1,
+    correction: float = 1,
+) -> Any:
+    """Return x normalized by the batch and corrected towards the running statistics.
+
+    In training y = weight · (x̂ r + d) + bias, where x̂ is normalized by the batch, and
+    r = σ_batch / σ_running limited to [1 / r_max, r_max], d = (μ_batch - μ_running) / σ_running
+    limited to [-d_max, d_max] (σ = √(var + eps)) are constants for the gradient: unlimited,
+    training computes what evaluation does. Raise the limits from (1, 0), which is `batch_norm`, as
+    training goes on. The rest as in `batch_norm`.
+
+    Source: Ioffe, "Batch Renormalization", 2017 (arXiv:1702.03275), Algorithm 1.
+
+    >>> import numpy as np
+    >>> x = np.array([[0.0], [2.0]])
+    >>> batch_renorm(x, np.zeros(1), np.full(1, 4.0), training=True, eps=0.0)  # r = d = 1/2
+    array([[0.],
+           [1.]])
+    """
+    if not (r_max >= 1 and d_max >= 0):
+        raise ValueError(
+            f"batch_renorm: r_max is {r_max} and d_max {d_max}, expected r_max >= 1 and d_max >= 0"
+        )
+    axes = kept_axes("batch_renorm", x, axis)
+    vectors = {"running_mean": running_mean, "running_var": running_var}
+    check_vectors("batch_renorm", {**vectors, "weight": weight, "bias": bias}, axes, x)
+    if not training:
+        return batch_norm(x, running_mean, running_var, weight, bias, eps=eps, axis=axis)
+    _checked_sample("batch_renorm", x, axes, None, 1)
+    wide = accumulation_dtype(x.dtype)
+    before_mean = _raw(running_mean).astype(wide)
+    before_deviation = sqrt(_raw(running_var).astype(wide) + float(eps))
+    x_hat, statistics = _ops.batch_norm.call_with_residuals(x, axis=axes, eps=float(eps))
+    if not x.size:
+        return x_hat
+    shape = before_mean.shape
+    r = sqrt(statistics["var"].reshape(shape) + float(eps)) / before_deviation
+    d = (statistics["mean"].reshape(shape) - before_mean) / before_deviation
+    r, d = clip(r, min=1 / r_max, max=r_max), clip(d, min=-d_max, max=d_max)
+    scale = r if weight is None else weight * r
+    shift = d if weight is None else weight * d
+    shift = shift if bias is None else shift + bias
+    y = x_hat * _ops.along(scale, x.shape, axes) + _ops.along(shift, x.shape, axes)
+    mean, var, counted = _step_statistics(statistics, axes, 1, correction)
+    update_running(running_mean, mean, float(momentum), counted)
+    update_running(running_var, var, float(momentum), counted)
+    return y.astype(x.dtype)
+
+
+def update_running(running: Any, value: Any, momentum: float, counted: Any = True) -> None:
+    """Write (1 - momentum) · running + momentum · value into `running` (array or Tensor).
+
+    counted: whether there is a value at all; an array of one boolean where only a device knows.
+    """
+    data = _raw(running)
+    if counted is not True:
+        momentum = where(counted, momentum, 0.0)
     # Written as a whole, not added to: the sum is formed in the wide dtype of `value`.
-    data[...] = data + momentum * (value - data)
-    if is_tensor:
+    data[...] = data + momentum * (value.reshape(data.shape) - data)
+    if isinstance(running, TensorBase):
         running.version[0] += 1
+
+
+def _step_statistics(
+    statistics: Any, axes: tuple[int, ...], groups: int, correction: float
+) -> tuple[Any, Any, Any]:
+    """Return the mean and the corrected variance that the running ones step towards, averaged over
+    the groups that have enough values, and whether there is any such group."""
+    mean, var, count = statistics["mean"], statistics["var"], statistics["count"]
+    if isinstance(count, int):
+        var = var * (count / (count - correction) if count > correction else 1.0)
+        if groups == 1:
+            return mean, var, True
+        return mean.mean(axis=0), var.mean(axis=0), True
+    count_of_rest = where(count > correction, count - correction, count)
+    var = var * (count / where(count_of_rest > 0, count_of_rest, 1.0))
+    if groups == 1:
+        return mean, var, count.reshape(()) > 0
+    enough = count > 0
+    weights = enough / where(enough.sum() > 0, enough.sum(), 1)
+    return (mean * weights).sum(axis=0), (var * weights).sum(axis=0), enough.any()
 
 
 def batch_norm_composite(
@@ -120,8 +252,7 @@ def batch_norm_composite(
      [ 0.77459609  1.16189413  1.54919218]]
     """
     axes = kept_axes("batch_norm_composite", x, axis)
-    channels = tuple(x.shape[a] for a in axes)
-    _check_vectors({"weight": weight, "bias": bias}, channels, axes, x)
+    check_vectors("batch_norm_composite", {"weight": weight, "bias": bias}, axes, x)
     return _ops.batch_norm_composite(x, weight, bias, axis=axes, eps=float(eps))
 
 
@@ -150,16 +281,50 @@ def kept_axes(name: str, x: Any, axis: Axis) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def _check_vectors(
-    vectors: dict[str, Any], channels: tuple[int, ...], axes: tuple[int, ...], x: Any
-) -> None:
+def check_vectors(name: str, vectors: dict[str, Any], axes: tuple[int, ...], x: Any) -> None:
+    """Raise ValueError unless each vector has one value for every channel of x."""
+    channels = tuple(x.shape[a] for a in axes)
     wrong = [
-        f"{name} has shape {tuple(vector.shape)}"
-        for name, vector in vectors.items()
+        f"{what} has shape {tuple(vector.shape)}"
+        for what, vector in vectors.items()
         if vector is not None and tuple(vector.shape) != channels
     ]
     if wrong:
         raise ValueError(
-            f"batch_norm: {' and '.join(wrong)}, expected {channels}: x has shape {tuple(x.shape)} "
+            f"{name}: {' and '.join(wrong)}, expected {channels}: x has shape {tuple(x.shape)} "
             f"and its channels are on axis {axes if len(axes) > 1 else axes[0]}"
         )
+
+
+def _checked_sample(name: str, x: Any, axes: tuple[int, ...], mask: Any, groups: int) -> Any:
+    """Return the mask as a raw array after checking that x can be averaged as it is asked for."""
+    shape = tuple(x.shape)
+    if operator.index(groups) < 1 or shape[0] % groups or (groups > 1 and 0 in axes):
+        raise ValueError(
+            f"{name}: groups={groups} does not split axis 0 of x, of shape {shape} and with its "
+            f"channels on {axes}, into equal parts; choose a divisor of the batch size"
+        )
+    m = _ops.values_per_channel(shape, axes) // groups
+    if m == 1 and mask is None and x.size:
+        raise ValueError(
+            f"{name}: x of shape {shape} has one value per channel"
+            f"{' and group' if groups > 1 else ''} (channels on axis {axes}), whose variance is 0 "
+            f"whatever it is; use a larger batch, or training=False with running statistics"
+        )
+    if mask is None:
+        return None
+    mask = _raw(mask)
+    fits = len(mask.shape) == len(shape) and all(
+        n == 1 or (n == size and i not in axes)
+        for i, (n, size) in enumerate(zip(mask.shape, shape, strict=True))
+    )
+    if not fits:
+        raise ValueError(
+            f"{name}: mask has shape {tuple(mask.shape)}, expected as many dimensions as x, of "
+            f"shape {shape}, each of x's size or 1, and 1 along the channel axes {axes}"
+        )
+    return mask
+
+
+def _raw(value: Any) -> Any:
+    return value.data if isinstance(value, TensorBase) else value

@@ -35,15 +35,17 @@ def test_kernel_matches_the_formula_for_any_axes_and_order_in_memory(case, order
         assert not _together(order, case.axis) or 1 in case.x.shape
         return
     saved = result.residuals
-    gx, gweight, gbias = numpy_batch_norm.vjp(
+    gx, gweight, gbias, _ = numpy_batch_norm.vjp(
         case.g,
         x,
         case.weight,
         case.bias,
+        None,
         saved["mean"],
         saved["var"],
         case.axis,
         case.eps,
+        1,
         (1, 1, 1),
     )
     found = reference(case).errors(y=result.out, gx=gx, gweight=gweight, gbias=gbias)
@@ -90,7 +92,7 @@ def test_inputs_are_not_written_and_gx_is_left_out_when_not_needed():
     kept = x.copy(), g.copy()
     saved = numpy_batch_norm.forward(x, axis=(1,), eps=1e-5).residuals
     grads = numpy_batch_norm.vjp(
-        g, x, None, None, saved["mean"], saved["var"], (1,), 1e-5, (False, True, False)
+        g, x, None, None, None, saved["mean"], saved["var"], (1,), 1e-5, 1, (False, True, False)
     )
     assert grads[0] is None and grads[2] is None and grads[1].shape == (3,)
     np.testing.assert_array_equal(x, kept[0])

@@ -1,4 +1,4 @@
-"""Softmax and cross-entropy: by definition, at the ends of the range, at every order, and errors."""
+"""Softmax and cross-entropy: by definition, at the ends of the range, at any order, and errors."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Pools: by definition, at ties, NaN and -inf, as adjoints, in every layout, and what they refuse."""
+"""Pools: by definition, at ties, NaN and -inf, as adjoints, in any layout, and what they refuse."""
 
 import numpy as np
 import pytest

@@ -36,20 +36,26 @@ SMALLEST_SUM = 1e-30
 
 
 def forward(
-    x: Array, weight: Array | None = None, bias: Array | None = None, *, axis: Axes, eps: float
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    *,
+    axis: Axes,
+    eps: float,
+    groups: int = 1,
 ) -> Any:
     """Return what `ops.batch_norm.batch_norm` returns, or NotImplemented."""
     blocks = blocks_for(x, axis)
-    if blocks is None:
+    if blocks is None or mask is not None or groups != 1:
         return NotImplemented
     laid = blocks.lay(x)
     mean, var = _statistics(blocks, laid)
     if not in_range(var + eps):
         return NotImplemented
     out = affine(blocks, laid, mean, var, weight, bias, eps)
-    return saving(
-        blocks.back(out), mean=mean.reshape(blocks.kept_shape), var=var.reshape(blocks.kept_shape)
-    )
+    kept = blocks.kept_shape
+    return saving(blocks.back(out), mean=mean.reshape(kept), var=var.reshape(kept), count=blocks.m)
 
 
 def vjp(
@@ -57,15 +63,17 @@ def vjp(
     x: Array,
     weight: Array | None,
     bias: Array | None,
+    mask: Array | None,
     mean: Array,
     var: Array,
     axis: Axes,
     eps: float,
+    groups: int,
     needs: tuple[bool, ...],
 ) -> Any:
     """Return what the rule of `ops.batch_norm.batch_norm` returns, or NotImplemented."""
     blocks = blocks_for(x, axis)
-    if blocks is None or g.dtype != x.dtype:
+    if blocks is None or mask is not None or groups != 1 or g.dtype != x.dtype:
         return NotImplemented
     mean, var = mean.ravel(), var.ravel()
     if not in_range(var + eps):
@@ -92,6 +100,7 @@ def vjp(
         gx,
         sum_gx.reshape(shape) if needs[1] else None,
         sum_g.reshape(shape) if needs[2] else None,
+        None,
     )
 
 
