@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import _checkout  # noqa: F401  (before tinygrad_bn)
 import numpy as np
 
 import tinygrad_bn as tg
@@ -61,12 +62,12 @@ def _cpu() -> str:
     return " ".join(filter(None, (facts.get("model name", platform.machine()), vectors)))
 
 
-def _load() -> str:
-    """Return the load average over the last minute: above 0 before a start, others are at work."""
+def _load() -> float:
+    """Return the load average over the last minute: well above 0, and others are at work."""
     try:
-        return f"{os.getloadavg()[0]:.1f}"
-    except OSError:
-        return "unknown"
+        return round(os.getloadavg()[0], 1)
+    except (AttributeError, OSError):  # not on this system
+        return float("nan")
 
 
 def _kernel_families() -> str:

@@ -56,7 +56,12 @@ def open_report(name: str, options: argparse.Namespace) -> dict[str, Any]:
     machine = describe(options.threads)
     print(f"{name}: {options.threads} threads")
     for key, value in machine.items():
-        print(f"  {key:13}{value}")
+        print(f"  {key:15}{value}")
+    if machine["load"] > 0.5:
+        print(
+            f"Other work is going on (load {machine['load']}): ratios will be off. Who waits for "
+            f"several threads suffers most, and that tends to be PyTorch."
+        )
     return {"name": name, "machine": machine}
 
 

@@ -362,11 +362,12 @@ class MygradStep(Step):
         import mygrad
 
         self.parameters = {
-            name: mygrad.tensor(w, constant=name == UNTRAINED) for name, w in weights.items()
+            name: mygrad.tensor(w.copy(), constant=name == UNTRAINED) for name, w in weights.items()
         }
 
     def load(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self.images, self.labels = images.reshape(self.image_shape()), labels
+        # Copies, because MyGrad locks the arrays that it works on.
+        self.images, self.labels = images.reshape(self.image_shape()).copy(), labels.copy()
 
     def forward(self) -> None:
         from mygrad.nnet import activations, layers, losses

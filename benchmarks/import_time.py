@@ -15,12 +15,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
+from _checkout import REPOSITORY
 from _measure import Turn, ratios, seconds, summarize, take_turns
 from _report import close_report, open_report, parser, plan, print_table
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 TIMED = """
 from time import perf_counter, process_time
 start = perf_counter(), process_time()

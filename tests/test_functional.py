@@ -38,6 +38,8 @@ CALLS = {
     "pad": (lambda x: F.pad(x, [(1, 0), (0, 2)], 3.0), X),
     "batch_norm": (lambda x: F.batch_norm(x, training=True), X),
     "batch_norm_composite": (F.batch_norm_composite, X),
+    "batch_norm_relu": (lambda x: F.batch_norm_relu(x, training=True, residual=x), X),
+    "batch_renorm": (lambda x: F.batch_renorm(x, np.zeros(6), np.ones(6), training=True), X),
 }
 
 

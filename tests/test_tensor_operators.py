@@ -204,3 +204,11 @@ def test_results_are_never_numpy_scalars():
     for result in (t[0], t.sum(), t[0] * 2, t @ t, t.max() > 1, t[0].exp(), -t[0]):
         assert type(result.data) is np.ndarray
         assert result.shape == ()
+
+
+def test_boolean_tensors_combine_as_arrays_do():
+    a, b = np.array([True, True, False, False]), np.array([True, False, True, False])
+    t, u = tg.Tensor(a), tg.Tensor(b)
+    for got, expected in ((t & u, a & b), (t | u, a | b), (~t, ~a), (a & u, a & b), (a | u, a | b)):
+        assert isinstance(got, tg.Tensor)
+        np.testing.assert_array_equal(got.numpy(), expected)

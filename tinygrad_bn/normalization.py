@@ -7,7 +7,7 @@ one, and channels are on axis 1 unless said otherwise.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinygrad_bn.backend import accumulation_dtype, is_floating
 from tinygrad_bn.ops import batch_norm as _ops
@@ -82,14 +82,89 @@ def batch_norm(
     if not training and running_mean is not None:
         return _ops.batch_norm_given(x, running_mean, running_var, weight, bias, axis=axes, eps=eps)
     mask = _checked_sample("batch_norm", x, axes, mask, groups)
-    out, statistics = _ops.batch_norm.call_with_residuals(
+    out, found = _by_the_batch(x, weight, bias, mask, axes, eps, groups)
+    if running_mean is not None:
+        found.move(running_mean, running_var, momentum, correction)
+    return out
+
+
+class BatchStatistics(NamedTuple):
+    """What one batch says about each channel, in float64: raw, and without part in the graph.
+
+    mean, var: the mean and the biased variance, one value per channel in order (with groups: per
+        group and channel), in whatever shape.
+    count: of how many values; an array where a mask makes that data, and 0 where they are too few.
+    groups: of how many groups there are statistics.
+    """
+
+    mean: Any
+    var: Any
+    count: Any
+    groups: int = 1
+
+    def step(self, correction: float) -> tuple[Any, Any, Any]:
+        """Return the mean and the corrected variance that running statistics step towards, averaged
+        over the groups that have enough values, and whether there is any such group."""
+        mean, var, count, groups = self
+        if isinstance(count, int):
+            var = var * (count / (count - correction) if count > correction else 1.0)
+            if groups == 1:
+                return mean, var, count > 0
+            return mean.mean(axis=0), var.mean(axis=0), count > 0
+        count_of_rest = where(count > correction, count - correction, count)
+        var = var * (count / where(count_of_rest > 0, count_of_rest, 1.0))
+        if groups == 1:
+            return mean, var, count.reshape(()) > 0
+        enough = count > 0
+        weights = enough / where(enough.sum() > 0, enough.sum(), 1)
+        return (mean * weights).sum(axis=0), (var * weights).sum(axis=0), enough.any()
+
+    def move(self, running_mean: Any, running_var: Any, momentum: Any, correction: float) -> Any:
+        """Return whether there were enough values to move the running statistics, after doing so.
+
+        momentum: weight of the new value, a number or an array of one. Where a mask makes it data
+        whether there were enough values, the result is an array too: nothing waits for a device.
+        """
+        mean, var, counted = self.step(correction)
+        if counted is not False:
+            update_running(running_mean, mean, momentum, counted)
+            update_running(running_var, var, momentum, counted)
+        return counted
+
+
+def batch_norm_and_statistics(
+    x: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *,
+    axis: Axis = 1,
+    mask: Any = None,
+    groups: int = 1,
+) -> tuple[Any, BatchStatistics]:
+    """Return what `batch_norm` returns in training, and the statistics of this batch.
+
+    For callers with a use of their own for the statistics. Arguments and errors as `batch_norm`'s.
+
+    >>> import numpy as np
+    >>> _, found = batch_norm_and_statistics(np.array([[1.0], [3.0]]))
+    >>> found.mean.item(), found.var.item(), found.count
+    (2.0, 1.0, 2)
+    """
+    axes = kept_axes("batch_norm", x, axis)
+    check_vectors("batch_norm", {"weight": weight, "bias": bias}, axes, x)
+    mask = _checked_sample("batch_norm", x, axes, mask, groups)
+    return _by_the_batch(x, weight, bias, mask, axes, float(eps), groups)
+
+
+def _by_the_batch(
+    x: Any, weight: Any, bias: Any, mask: Any, axes: tuple[int, ...], eps: float, groups: int
+) -> tuple[Any, BatchStatistics]:
+    out, found = _ops.batch_norm.call_with_residuals(
         x, weight, bias, mask, axis=axes, eps=eps, groups=groups
     )
-    if running_mean is not None and x.size:
-        mean, var, counted = _step_statistics(statistics, axes, groups, correction)
-        update_running(running_mean, mean, momentum, counted)
-        update_running(running_var, var, momentum, counted)
-    return out
+    count = found["count"] if x.size else 0
+    return out, BatchStatistics(found["mean"], found["var"], count, groups)
 
 
 def batch_norm_relu(
@@ -172,6 +247,31 @@ def batch_renorm(
     array([[0.],
            [1.]])
     """
+    if not training:
+        return batch_norm(x, running_mean, running_var, weight, bias, eps=eps, axis=axis)
+    y, found = batch_renorm_and_statistics(
+        x, running_mean, running_var, weight, bias, eps, r_max=r_max, d_max=d_max, axis=axis
+    )
+    found.move(running_mean, running_var, float(momentum), correction)
+    return y
+
+
+def batch_renorm_and_statistics(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *,
+    r_max: float = 3.0,
+    d_max: float = 5.0,
+    axis: Axis = 1,
+) -> tuple[Any, BatchStatistics]:
+    """Return what `batch_renorm` returns in training, and the statistics of this batch.
+
+    The running statistics stay as they are. Arguments and errors as `batch_renorm`'s.
+    """
     if not (r_max >= 1 and d_max >= 0):
         raise ValueError(
             f"batch_renorm: r_max is {r_max} and d_max {d_max}, expected r_max >= 1 and d_max >= 0"
@@ -179,30 +279,25 @@ def batch_renorm(
     axes = kept_axes("batch_renorm", x, axis)
     vectors = {"running_mean": running_mean, "running_var": running_var}
     check_vectors("batch_renorm", {**vectors, "weight": weight, "bias": bias}, axes, x)
-    if not training:
-        return batch_norm(x, running_mean, running_var, weight, bias, eps=eps, axis=axis)
     _checked_sample("batch_renorm", x, axes, None, 1)
     wide = accumulation_dtype(x.dtype)
     before_mean = _raw(running_mean).astype(wide)
     before_deviation = sqrt(_raw(running_var).astype(wide) + float(eps))
-    x_hat, statistics = _ops.batch_norm.call_with_residuals(x, axis=axes, eps=float(eps))
+    x_hat, found = _by_the_batch(x, None, None, None, axes, float(eps), 1)
     if not x.size:
-        return x_hat
+        return x_hat, found
     shape = before_mean.shape
-    r = sqrt(statistics["var"].reshape(shape) + float(eps)) / before_deviation
-    d = (statistics["mean"].reshape(shape) - before_mean) / before_deviation
+    r = sqrt(found.var.reshape(shape) + float(eps)) / before_deviation
+    d = (found.mean.reshape(shape) - before_mean) / before_deviation
     r, d = clip(r, min=1 / r_max, max=r_max), clip(d, min=-d_max, max=d_max)
     scale = r if weight is None else weight * r
     shift = d if weight is None else weight * d
     shift = shift if bias is None else shift + bias
     y = x_hat * _ops.along(scale, x.shape, axes) + _ops.along(shift, x.shape, axes)
-    mean, var, counted = _step_statistics(statistics, axes, 1, correction)
-    update_running(running_mean, mean, float(momentum), counted)
-    update_running(running_var, var, float(momentum), counted)
-    return y.astype(x.dtype)
+    return y.astype(x.dtype), found
 
 
-def update_running(running: Any, value: Any, momentum: float, counted: Any = True) -> None:
+def update_running(running: Any, value: Any, momentum: Any, counted: Any = True) -> None:
     """Write (1 - momentum) · running + momentum · value into `running` (array or Tensor).
 
     counted: whether there is a value at all; an array of one boolean where only a device knows.
@@ -214,26 +309,6 @@ def update_running(running: Any, value: Any, momentum: float, counted: Any = Tru
     data[...] = data + momentum * (value.reshape(data.shape) - data)
     if isinstance(running, TensorBase):
         running.version[0] += 1
-
-
-def _step_statistics(
-    statistics: Any, axes: tuple[int, ...], groups: int, correction: float
-) -> tuple[Any, Any, Any]:
-    """Return the mean and the corrected variance that the running ones step towards, averaged over
-    the groups that have enough values, and whether there is any such group."""
-    mean, var, count = statistics["mean"], statistics["var"], statistics["count"]
-    if isinstance(count, int):
-        var = var * (count / (count - correction) if count > correction else 1.0)
-        if groups == 1:
-            return mean, var, True
-        return mean.mean(axis=0), var.mean(axis=0), True
-    count_of_rest = where(count > correction, count - correction, count)
-    var = var * (count / where(count_of_rest > 0, count_of_rest, 1.0))
-    if groups == 1:
-        return mean, var, count.reshape(()) > 0
-    enough = count > 0
-    weights = enough / where(enough.sum() > 0, enough.sum(), 1)
-    return (mean * weights).sum(axis=0), (var * weights).sum(axis=0), enough.any()
 
 
 def batch_norm_composite(

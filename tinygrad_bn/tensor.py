@@ -406,6 +406,21 @@ class Tensor(TensorBase):
     def __ge__(self, other: Any) -> Tensor:
         return _e.greater_equal(self, other)
 
+    def __and__(self, other: Any) -> Tensor:
+        return _e.bitwise_and(self, other)
+
+    def __rand__(self, other: Any) -> Tensor:
+        return _e.bitwise_and(other, self)
+
+    def __or__(self, other: Any) -> Tensor:
+        return _e.bitwise_or(self, other)
+
+    def __ror__(self, other: Any) -> Tensor:
+        return _e.bitwise_or(other, self)
+
+    def __invert__(self) -> Tensor:
+        return _e.invert(self)
+
     # --- functions -----------------------------------------------------------------------------
 
     def exp(self) -> Tensor:

@@ -83,7 +83,7 @@ class Windows(NamedTuple):
         for i in range(self.kernel[0]):
             for j in range(self.kernel[1]):
                 rows, columns = (
-                    slice(k * d, k * d + (n - 1) * s + 1, s)
+                    slice(k * d, k * d + n * s, s)
                     for k, d, n, s in zip((i, j), self.dilation, self.out, self.stride, strict=True)
                 )
                 yield i, j, (rows, columns)

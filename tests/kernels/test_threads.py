@@ -60,19 +60,18 @@ def test_an_exception_is_raised_in_the_caller_and_stops_the_rest():
 
 
 def test_a_call_from_within_a_task_runs_in_that_task():
-    outer = {}
+    ran_in = {}
 
-    def inner(index):
-        outer.setdefault(threading.current_thread(), []).append(index)
+    def task(outer):
+        def inner(index):
+            time.sleep(0.001)  # time for an idle thread to take the next one, if it could
+            ran_in[outer, index] = threading.current_thread()
 
-    def task(index):
-        me = threading.current_thread()
-        before = len(outer.get(me, []))
         threads.parallel(inner, 5)
-        assert len(outer[me]) == before + 5
+        assert {ran_in[outer, index] for index in range(5)} == {threading.current_thread()}
 
-    threads.parallel(task, 8)
-    assert sum(map(len, outer.values())) == 40
+    threads.parallel(task, 2)
+    assert len(ran_in) == 10
 
 
 def test_several_callers_share_the_workers():
@@ -124,12 +123,27 @@ def test_scratch_belongs_to_a_thread_and_is_reused():
 
 
 def test_no_memory_of_a_job_is_kept_once_it_is_done():
+    busy, free = meeting(5), threading.Event()
+
+    def occupy(index):
+        busy(index)
+        free.wait(20)
+
+    occupier = threading.Thread(target=threads.parallel, args=(occupy, 4))
+    occupier.start()
+    busy(0)  # all three workers and the other caller are in a task now
     array = np.ones(10)
     gone = weakref.ref(array)
-    threads.parallel(lambda index, array=array: array.sum(), 8)
+    threads.parallel(lambda index, array=array: array.sum(), 8)  # so this caller does it alone
     del array
     gc.collect()
-    assert gone() is None
+    still_there = gone()
+    free.set()
+    occupier.join(20)
+    assert still_there is None
+
+
+def test_large_scratch_is_given_back():
     large = threads.scratch("large", (threads.KEPT_BYTES + 1,), np.uint8)
     gone = weakref.ref(large)
     del large

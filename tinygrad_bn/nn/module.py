@@ -247,6 +247,7 @@ class Module:
         Nothing is written unless everything fits. Raises StateDictError, a ValueError, that lists
         all missing and unexpected names and all shapes that differ.
         """
+        sized = [m for path, m in self.named_modules() if m._take_sizes(state, _join(path, ""))]
         own = dict(self._state())
         missing = [name for name in own if name not in state]
         unexpected = [name for name in state if name not in own]
@@ -264,6 +265,8 @@ class Module:
                 problems.append(f"{name} has shape {tuple(raw.shape)}, expected {tensor.shape}")
             incoming[name] = raw
         if problems:
+            for module in sized:
+                module._forget_sizes()
             raise StateDictError(
                 f"load_state_dict: the state does not fit this {type(self).__name__}, and nothing "
                 f"was loaded:\n  "
@@ -275,6 +278,14 @@ class Module:
             tensor.data[...] = like(backend.as_array(raw), tensor.data)
             tensor.version[0] += 1
         return Mismatch(missing, unexpected)
+
+    def _take_sizes(self, state: Mapping[str, Any], prefix: str) -> bool:
+        """Return whether sizes that were left open are taken from `state`, where the names of this
+        module start with `prefix`."""
+        return False
+
+    def _forget_sizes(self) -> None:
+        """Leave the sizes open again."""
 
     # --- text ----------------------------------------------------------------------------------
 

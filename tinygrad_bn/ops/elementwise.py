@@ -317,6 +317,24 @@ def isnan(x: Any) -> Any:
     return array_module(x).isnan(x)
 
 
+@op(differentiable=False, domain=elementwise(Boolean(), Boolean()))
+def bitwise_and(x: Any, y: Any) -> Any:
+    """Return x & y: on booleans, whether both hold."""
+    return x & y
+
+
+@op(differentiable=False, domain=elementwise(Boolean(), Boolean()))
+def bitwise_or(x: Any, y: Any) -> Any:
+    """Return x | y: on booleans, whether either holds."""
+    return x | y
+
+
+@op(differentiable=False, domain=elementwise(Boolean()))
+def invert(x: Any) -> Any:
+    """Return ~x: on booleans, the opposite."""
+    return ~x
+
+
 @op(differentiable=False)
 def logical_not(x: Any) -> Any:
     """Return whether each entry is zero or False."""

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from tinygrad_bn.backend import array_module, device_of, is_floating, saving
-from tinygrad_bn.domain import Domain, Real, case
+from tinygrad_bn.domain import Domain, Integer, Real, case
 from tinygrad_bn.op import op
 from tinygrad_bn.ops.convolution import working_dtype
 from tinygrad_bn.ops.elementwise import exp, where
@@ -156,7 +156,10 @@ def _check_target(logits: Any, target: Any) -> bool:
     return True
 
 
-@op(differentiable=False)
+@op(
+    differentiable=False,
+    domain=Domain((Integer(0, 3),), (case((4,), classes=3), case((2, 3), classes=3))),
+)
 def is_class(labels: Any, *, classes: int) -> Any:
     """Return whether each class is the label: (N, ...) -> (N, classes, ...) of booleans."""
     xp = array_module(labels)
