@@ -10,10 +10,12 @@ disturbs least. `--profile` lists which modules beyond NumPy's cost most.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 
 from _checkout import REPOSITORY
@@ -28,10 +30,19 @@ print(perf_counter() - start[0], process_time() - start[1])
 """
 
 
-def fresh_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Return what a new interpreter, which finds this checkout first, printed."""
+def fresh_python(cache: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Return what a new interpreter, which finds this checkout first, printed.
+
+    cache: a folder for compiled bytecode. Both imports are to find theirs there, however this
+        environment keeps it: compiling a package anew costs more than running it.
+    """
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPYCACHEPREFIX": cache,
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=True
     )
@@ -40,26 +51,29 @@ def fresh_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 class Import:
     """An import, each time in a new process."""
 
-    def __init__(self, module: str):
+    def __init__(self, module: str, cache: str):
         self.code = TIMED.format(module=module)
+        self.cache = cache
 
     def turn(self, settle: int, count: int) -> Turn:
         """Return the seconds of one import; a new process has nothing to settle."""
-        clock, cpu = map(float, fresh_python("-c", self.code).stdout.split())
+        clock, cpu = map(float, fresh_python(self.cache, "-c", self.code).stdout.split())
         return {"clock": clock, "CPU": cpu}
 
 
-def costs(module: str) -> Iterator[tuple[str, float, float]]:
+def costs(module: str, cache: str) -> Iterator[tuple[str, float, float]]:
     """Yield name, own and cumulative milliseconds of every module that importing `module` loads."""
-    lines = fresh_python("-X", "importtime", "-c", f"import {module}").stderr
+    lines = fresh_python(cache, "-X", "importtime", "-c", f"import {module}").stderr
     for line in re.finditer(r"import time:\s+(\d+) \|\s+(\d+) \| +(\S+)", lines):
         yield line[3], int(line[1]) / 1000, int(line[2]) / 1000
 
 
-def profile() -> None:
+def profile(cache: str) -> None:
     """Print what is loaded on top of NumPy, the most expensive first."""
-    with_numpy = {name for name, *_ in costs("numpy")}
-    extra = sorted((c for c in costs("tinygrad_bn") if c[0] not in with_numpy), key=lambda c: -c[1])
+    with_numpy = {name for name, *_ in costs("numpy", cache)}
+    extra = sorted(
+        (c for c in costs("tinygrad_bn", cache) if c[0] not in with_numpy), key=lambda c: -c[1]
+    )
     total = sum(own for _, own, _ in extra)
     print(f"\n{len(extra)} modules beyond NumPy's, {total:.1f} ms under -X importtime:")
     print_table(
@@ -69,14 +83,20 @@ def profile() -> None:
 
 
 def main() -> None:
-    """Measure, print the table, write the JSON."""
+    """Parse the flags and measure."""
     flags = parser(__doc__, rounds=40)
     flags.add_argument("--profile", action="store_true", help="list what costs most")
     options = flags.parse_args()
+    with tempfile.TemporaryDirectory() as cache:
+        measure(options, cache)
+
+
+def measure(options: argparse.Namespace, cache: str) -> None:
+    """Measure with bytecode kept in `cache`, print the table, write the JSON."""
     report = open_report("import_time", options)
     modules = ("numpy", "tinygrad_bn")
-    # The warm-up writes the bytecode caches and has the files in the system's cache.
-    turns = take_turns({m: Import(m) for m in modules}, plan(options, warm_up=2))
+    # The warm-up compiles both, and has their files in the system's cache.
+    turns = take_turns({m: Import(m, cache) for m in modules}, plan(options, warm_up=2))
     rows = []
     for kind in ("clock", "CPU"):
         theirs, ours = (seconds(turns[module], kind) for module in modules)
@@ -102,7 +122,7 @@ def main() -> None:
         ],
     )
     if options.profile:
-        profile()
+        profile(cache)
     close_report(report, options)
 
 

@@ -193,16 +193,17 @@ def _leading_to(order: list[Any], targets: set[Any]) -> set[Any]:
 
 def _add(pending: dict[Any, Any], place: Any, g: Any, source: Any = None) -> None:
     """Add `g`, in the dtype of `place` and summed to its shape, to what has reached `place`."""
-    if g.shape != place.shape:
-        if not _is_broadcast(place.shape, g.shape):
+    kind = place.data if isinstance(place, TensorBase) else place
+    if g.shape != kind.shape:
+        if not _is_broadcast(kind.shape, g.shape):
             raise ValueError(
                 f"{source.op.name}: its derivative rule returned a cotangent of shape {g.shape} "
-                f"for an input of shape {place.shape}; it must have that shape, or one that the "
+                f"for an input of shape {kind.shape}; it must have that shape, or one that the "
                 f"input was broadcast to"
             )
-        g = sum_to_shape(g, place.shape)
-    if g.dtype != place.dtype:
-        g = g.astype(place.dtype)
+        g = sum_to_shape(g, kind.shape)
+    if g.dtype is not kind.dtype and g.dtype != kind.dtype:
+        g = g.astype(kind.dtype)
     before = pending.get(place)
     pending[place] = g if before is None else before + g
 

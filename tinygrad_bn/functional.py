@@ -15,6 +15,7 @@ from typing import Any
 
 from tinygrad_bn.backend import array_module, as_dtype, float32, generator
 from tinygrad_bn.backend.creation import like
+from tinygrad_bn.layer_normalization import group_norm, instance_norm, layer_norm, rms_norm
 from tinygrad_bn.normalization import (
     batch_norm,
     batch_norm_composite,
@@ -42,6 +43,9 @@ __all__ = [
     "cross_entropy",
     "dropout",
     "flatten",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
     "linear",
     "log_softmax",
     "logsumexp",
@@ -52,6 +56,7 @@ __all__ = [
     "one_hot",
     "pad",
     "relu",
+    "rms_norm",
     "sigmoid",
     "softmax",
     "stack",

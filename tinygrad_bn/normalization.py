@@ -109,8 +109,8 @@ class BatchStatistics(NamedTuple):
         if isinstance(count, int):
             var = var * (count / (count - correction) if count > correction else 1.0)
             if groups == 1:
-                return mean, var, count > 0
-            return mean.mean(axis=0), var.mean(axis=0), count > 0
+                return mean, var, True
+            return mean.mean(axis=0), var.mean(axis=0), True
         count_of_rest = where(count > correction, count - correction, count)
         var = var * (count / where(count_of_rest > 0, count_of_rest, 1.0))
         if groups == 1:
@@ -125,10 +125,11 @@ class BatchStatistics(NamedTuple):
         momentum: weight of the new value, a number or an array of one. Where a mask makes it data
         whether there were enough values, the result is an array too: nothing waits for a device.
         """
+        if isinstance(self.count, int) and self.count == 0:
+            return False
         mean, var, counted = self.step(correction)
-        if counted is not False:
-            update_running(running_mean, mean, momentum, counted)
-            update_running(running_var, var, momentum, counted)
+        update_running(running_mean, mean, momentum, counted)
+        update_running(running_var, var, momentum, counted)
         return counted
 
 
@@ -333,17 +334,11 @@ def batch_norm_composite(
 
 def kept_axes(name: str, x: Any, axis: Axis) -> tuple[int, ...]:
     """Return the channel axes of x, sorted and non-negative; raise for an x that has none."""
-    if not (hasattr(x, "dtype") and hasattr(x, "ndim")):
-        raise TypeError(f"{name}: x is a {type(x).__name__}, expected an array or a Tensor")
+    check_floating(name, x)
     if x.ndim < 2:
         raise ValueError(
             f"{name}: x has shape {tuple(x.shape)}, expected at least 2 dimensions, a batch axis "
             f"and a channel axis"
-        )
-    if not is_floating(x.dtype):
-        raise TypeError(
-            f"{name}: x is {x.dtype}, expected a floating dtype; convert it, for example with "
-            f".astype('float32')"
         )
     axes = axis if isinstance(axis, tuple) else (axis,)
     kept = sorted({a % x.ndim for a in axes if -x.ndim <= a < x.ndim})
@@ -354,6 +349,17 @@ def kept_axes(name: str, x: Any, axis: Axis) -> tuple[int, ...]:
     if len(kept) == x.ndim:
         raise ValueError(f"{name}: axis {axis} keeps every axis of x; none is left to average over")
     return tuple(kept)
+
+
+def check_floating(name: str, x: Any) -> None:
+    """Raise TypeError unless x is an array or a Tensor of a floating dtype."""
+    if not (hasattr(x, "dtype") and hasattr(x, "ndim")):
+        raise TypeError(f"{name}: x is a {type(x).__name__}, expected an array or a Tensor")
+    if not is_floating(x.dtype):
+        raise TypeError(
+            f"{name}: x is {x.dtype}, expected a floating dtype; convert it, for example with "
+            f".astype('float32')"
+        )
 
 
 def check_vectors(name: str, vectors: dict[str, Any], axes: tuple[int, ...], x: Any) -> None:

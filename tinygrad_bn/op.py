@@ -159,24 +159,29 @@ class Op:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Return the output for arrays and Tensors given in order, and options by name."""
-        return self.call_with_residuals(*args, **options)[0]
+        return self._call(args, options)[0]
 
     def call_with_residuals(self, *args: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:
         """Return the output and the residuals that the forward handed out beside it."""
+        return self._call(args, options)
+
+    def _call(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
         if options and not self.defaults.keys() >= options.keys():
             args, options = self._bind(args, options)
-        arrays = []
+        arrays, parents = [], []
         tensors = recording = False
         for arg in args:
+            parent = None
             if isinstance(arg, TensorBase):
                 tensors = True
                 if arg.requires_grad:
                     recording = True
+                    parent = arg.node or arg
                 if arg.view_of is not None and arg.view_of != arg.version[1]:
                     self._refuse_stale_view()
-                arrays.append(arg.data)
-            else:
-                arrays.append(arg)
+                arg = arg.data
+            arrays.append(arg)
+            parents.append(parent)
         out = self._run(arrays, options) if self.kernels else self.forward(*arrays, **options)
         residuals: Mapping[str, Any] = _NOTHING
         if type(out) not in ARRAY_TYPES:
@@ -186,7 +191,7 @@ class Op:
         if not tensors:
             return out, residuals
         if recording and self.differentiable and is_grad_enabled():
-            return self.record(args, out, options, residuals), residuals
+            return self.record(args, parents, out, options, residuals), residuals
         if type(out) is tuple:
             return tuple(map(new_tensor, out)), residuals
         result = new_tensor(out)
@@ -195,40 +200,43 @@ class Op:
     def record(
         self,
         args: Sequence[Any],
+        parents: list[Any],
         out: Any,
         options: Mapping[str, Any],
         residuals: Mapping[str, Any] = _NOTHING,
     ) -> Any:
-        """Return Tensor(s) around the raw `out` that remember how it was made from `args`."""
-        many = type(out) is tuple
-        dtype = tuple([o.dtype for o in out]) if many else out.dtype
-        if not (any(map(is_floating, dtype)) if many else is_floating(dtype)):
-            return tuple(map(new_tensor, out)) if many else new_tensor(out)
+        """Return Tensor(s) around the raw `out` that remember how it was made from `args`.
+
+        parents: for each of `args`, where its cotangent goes: a node, a leaf, or None for nowhere.
+        """
+        if type(out) is tuple:
+            dtype: Any = tuple([o.dtype for o in out])
+            floating = any(map(is_floating, dtype))
+        else:
+            dtype = out.dtype
+            floating = dtype.kind == "f" or is_floating(dtype)
+        if not floating:
+            return tuple(map(new_tensor, out)) if type(out) is tuple else new_tensor(out)
         if not self.rules:
             raise RuntimeError(
                 f"{self.name}: it has no derivative rule, but an input requires grad; define one "
                 f"with @{self.name}.def_vjp, or call it on .detach()ed Tensors"
             )
         if len(args) < len(self.inputs):
-            args = (*args, *[None] * (len(self.inputs) - len(args)))
-        parents = tuple([_parent(a) for a in args])
+            absent = [None] * (len(self.inputs) - len(args))
+            args, parents = (*args, *absent), parents + absent
         result: Any
-        if many:
+        if type(out) is tuple:
             node = Node(self, parents, tuple([o.shape for o in out]), dtype)
-            result = tuple(
-                [
-                    new_tensor(o, Output(node, i) if is_floating(o.dtype) else None)
-                    for i, o in enumerate(out)
-                ]
-            )
+            places = [Output(node, i) if is_floating(o.dtype) else None for i, o in enumerate(out)]
+            result = tuple(map(new_tensor, out, places))
         else:
             node = Node(self, parents, out.shape, dtype)
             result = new_tensor(out, node)
             if self.view:
                 self._noting_view(result, args)
-        call = (node, args, options, result, residuals)
         node.saved = [
-            [want.keep(*call) for want in rule.wants]
+            rule.keep(node, args, options, result, residuals)
             if rule.target is None or parents[rule.target] is not None
             else None
             for rule in self.rules
@@ -252,7 +260,10 @@ class Op:
         for rule, saved in zip(self.rules, kept, strict=True):
             target: Any = rule.target
             if saved is not None and (needs is None or needs[target]):
-                grads[target] = rule.apply(node, saved, g, needs, as_tensors)
+                if as_tensors or not rule.positional:
+                    grads[target] = rule.apply(node, saved, g, needs, as_tensors)
+                else:
+                    grads[target] = rule.function(g, *saved)
         return grads
 
     def _joint_cotangents(
@@ -324,13 +335,6 @@ class Op:
             )
         last = max(map(self.inputs.index, named), default=-1)
         return (*args, *(named.get(name) for name in self.inputs[len(args) : last + 1])), options
-
-
-def _parent(arg: Any) -> Any:
-    """Return where the cotangent of an input goes: a node, a leaf, or None for nowhere."""
-    if not isinstance(arg, TensorBase) or not arg.requires_grad:
-        return None
-    return arg if arg.node is None else arg.node
 
 
 def _proper(out: Any) -> Any:

@@ -35,10 +35,19 @@ class Rule:
         self.takes_needs = "needs" in names
         self.positional = names[0] == "g" and not self.takes_needs
 
+    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> tuple:
+        """Return the wanted values of a call that was recorded as `node`.
+
+        A tuple: of arrays alone, it is not the garbage collector's concern.
+        """
+        if not self.wants:
+            return ()
+        return tuple([want.keep(node, args, options, result, residuals) for want in self.wants])
+
     def apply(
         self,
         node: Node,
-        saved: list[Any],
+        saved: Sequence[Any],
         g: Any,
         needs: Sequence[bool] | None,
         as_tensors: bool,
@@ -52,7 +61,7 @@ class Rule:
             return self.function(g, *saved)
         return self.function(**self.by_name(saved, g, needs))
 
-    def by_name(self, saved: list[Any], g: Any, needs: Sequence[bool] | None) -> dict[str, Any]:
+    def by_name(self, saved: Sequence[Any], g: Any, needs: Sequence[bool] | None) -> dict[str, Any]:
         """Return the rule's arguments by name, as a kernel in its place takes them."""
         values = dict(zip(self.names, saved, strict=True), g=g)
         if self.takes_needs:
@@ -97,7 +106,7 @@ class _Input(_Want):
     def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
         arg = args[self.index]
         if isinstance(arg, TensorBase):
-            node.guards.append((self.index, arg.version, arg.version[0]))
+            node.guards += ((self.index, arg.version, arg.version[0]),)
             return arg.data
         return arg
 
@@ -180,7 +189,7 @@ class _Residual(_Want):
 
 def _guarded(arg: Any, index: int, node: Node) -> Any:
     if isinstance(arg, TensorBase):
-        node.guards.append((index, arg.version, arg.version[0]))
+        node.guards += ((index, arg.version, arg.version[0]),)
         return arg.data
     return arg
 

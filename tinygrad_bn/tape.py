@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinygrad_bn.backend import is_floating
@@ -76,13 +77,13 @@ class Node:
         "shape",
     )
 
-    def __init__(self, op: Op, parents: tuple[Any, ...], shape: Any, dtype: Any):
+    def __init__(self, op: Op, parents: Sequence[Any], shape: Any, dtype: Any):
         self.op = op
         self.parents = parents
         self.shape = shape
         self.dtype = dtype
         self.saved: list[Any] | None = None
-        self.guards: list[tuple[int, list[int], int]] = []
+        self.guards: tuple[tuple[int, list[int], int], ...] = ()
         self.retained: Any = None
         self.age = _next_age()
 
@@ -103,7 +104,7 @@ class Node:
     def free(self) -> None:
         """Let go of what was saved."""
         self.saved = None
-        self.guards = []
+        self.guards = ()
 
 
 class Output:

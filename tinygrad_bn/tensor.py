@@ -317,8 +317,9 @@ class Tensor(TensorBase):
         raw = value.data if is_tensor else value
         if recording:
             # Recorded first: what the rule saves must be found changed if this write changes it.
-            before = _twin(self)
-            result = op.record((before, value), self.data, options)
+            wanted = is_tensor and value.requires_grad
+            parents = [self.node, (value.node or value) if wanted else None]
+            result = op.record((_twin(self), value), parents, self.data, options)
             write(self.data, raw)
             rebase(self, result.node)
             self.version[1] += 1

@@ -21,6 +21,7 @@ from tinygrad_bn.nn.linear import Linear
 from tinygrad_bn.nn.module import Module, StateDictError
 from tinygrad_bn.nn.normalization import (
     GroupNorm,
+    InstanceNorm,
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
@@ -33,19 +34,20 @@ from tinygrad_bn.nn.pooling import AvgPool2d, MaxPool2d
 from tinygrad_bn.nn.population import update_batch_norm
 
 __all__ = [
+    "CONVENTIONS",
     "AvgPool2d",
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchRenorm",
-    "CONVENTIONS",
     "Conv2d",
     "Convention",
     "Dropout",
     "Flatten",
     "GroupNorm",
     "Identity",
+    "InstanceNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",

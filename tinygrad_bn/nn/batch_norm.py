@@ -208,10 +208,10 @@ class BatchNorm(PerChannel):
             running variance changes and batches have been seen. No checkpoint holds it.
         correction: of the running variance from now on; None is the convention's.
 
-        `momentum` is restated so that the weight of the new value stays, and `running_var` converted
-        as by `nn.convert_running_var`. All else, `eps` and `axis` with it, belongs to the model and
-        stays. To take over a checkpoint: make the layer in the convention of the library that wrote
-        it, load, convert.
+        `momentum` is restated so that the weight of the new value stays, and `running_var` is
+        converted as by `nn.convert_running_var`. All else, `eps` and `axis` with it, belongs to the
+        model and stays. To take over a checkpoint: make the layer in the convention of the library
+        that wrote it, load, convert.
 
         Raises ValueError where `count` is needed and missing.
 

@@ -25,8 +25,8 @@ class BatchRenorm(BatchNorm):
     small batches, and batches whose samples depend on each other. The paper advises a higher
     momentum than is usual (0.01 of the new value), since training depends on the averages.
 
-    In `recomputing`, the correction is that of the latest forward that moved the statistics, so what
-    is computed is the same.
+    In `recomputing`, the correction is that of the latest forward that moved the statistics, so
+    that the same is computed.
 
     Source: Ioffe, "Batch Renormalization", 2017 (arXiv:1702.03275), Algorithm 1 and section 4.
 
@@ -90,7 +90,9 @@ class BatchRenorm(BatchNorm):
         counter: Any = self.num_batches_tracked
         seen = int(counter)
         start, *ends = self.warmup
-        r, d = (float(seen >= end) if end == start else (seen - start) / (end - start) for end in ends)
+        r, d = (
+            float(seen >= end) if end == start else (seen - start) / (end - start) for end in ends
+        )
         r, d = min(max(r, 0.0), 1.0), min(max(d, 0.0), 1.0)
         return 1 + r * (self.r_max - 1), d * self.d_max
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 
 class Default(enum.Enum):
-    """The default of an argument that the convention fills in, so that a given value always wins."""
+    """A default that the convention fills in: whatever is given in its place wins."""
 
     BY_CONVENTION = "by convention"
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
+from tinygrad_bn.backend import float64
 from tinygrad_bn.nn.activation import Dropout, Identity
 from tinygrad_bn.nn.batch_norm import BatchNorm
 from tinygrad_bn.nn.batch_renorm import BatchRenorm
@@ -42,8 +43,9 @@ def fold_batch_norm(model: M, *, strict: bool = True) -> M:
     strict: raise where a BatchNorm cannot be folded; otherwise it stays as it is.
 
     The copy is in evaluation mode and gives what `model.eval()` gives, to within rounding: 1e-12 in
-    float64, 2e-5 in float32, relative to the largest value. `model` itself is not touched. A Linear
-    is taken to be applied to (N, in), where axis 1 is the last.
+    float64, 2e-5 in float32, relative to the largest value, unless the running mean is far larger
+    than the deviation: x - mean is then no longer subtracted before it is rounded. `model` itself
+    is not touched. A Linear is taken to be applied to (N, in), where axis 1 is the last.
 
     Raises ValueError that names every BatchNorm that cannot be folded, and why: there is no such
     layer directly before it, it keeps no running statistics or does not know its channels yet, its
@@ -71,7 +73,7 @@ def fold_batch_norm(model: M, *, strict: bool = True) -> M:
         if _is(module, Sequential) and id(module) not in handled:
             steps = list(_steps(path, module, used, handled))
             _fold_steps(steps, used, problems)
-            handled.update(id(step.module) for step in steps)
+            handled.update(id(s.module) for s in steps if isinstance(s.module, BatchNorm))
     for path, module in folded.named_modules():
         if isinstance(module, BatchNorm) and id(module) not in handled:
             problems[path] = "it is not inside a Sequential, so what comes before it is not known"
@@ -88,9 +90,7 @@ def _is(module: Module, *kinds: type[Module]) -> bool:
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
 
 
-def _steps(
-    path: str, sequential: Module, used: Counter[int], handled: set[int]
-) -> Iterator[_Step]:
+def _steps(path: str, sequential: Module, used: Counter[int], handled: set[int]) -> Iterator[_Step]:
     """Yield what `sequential` calls, in order; a nested one opened up unless it is shared."""
     handled.add(id(sequential))
     for name, child in sequential.named_children():
@@ -130,7 +130,7 @@ def _obstacle(before: _Step | None, bn: BatchNorm, used: Counter[int]) -> str | 
         return "it does not know its channels yet; call the model once, or load a state dict"
     if before is None:
         return "nothing comes before it in its Sequential"
-    layer = before.module
+    layer: Any = before.module
     if not _is(layer, Conv2d, Linear):
         return f"before it comes {before.path}, a {type(layer).__name__}, not a Conv2d or Linear"
     if used[id(layer)] > 1:
@@ -138,8 +138,8 @@ def _obstacle(before: _Step | None, bn: BatchNorm, used: Counter[int]) -> str | 
     if isinstance(layer, Conv2d):
         channels, axes = layer.out_channels, (1, -3) if layer.layout == "NCHW" else (3, -1)
     else:
-        channels, axes = int(layer.weight.shape[0]), (1, -1)
-    if bn.axis not in axes or bn.num_features != channels:
+        channels, axes = layer.out_features, (1, -1)
+    if bn._axes() not in [(axis,) for axis in axes] or bn._channels() != (channels,):
         return (
             f"it normalizes {bn.num_features} channels on axis {bn.axis}, and {before.path} gives "
             f"{channels} on axis {axes[0]}"
@@ -149,7 +149,8 @@ def _obstacle(before: _Step | None, bn: BatchNorm, used: Counter[int]) -> str | 
 
 def _absorb(layer: Any, bn: Any) -> Any:
     """Return `layer` with `bn` behind it as one layer; computed in float64, rounded once."""
-    weight, mean, var = (t.data.astype("float64") for t in (layer.weight, bn.running_mean, bn.running_var))
+    tensors = layer.weight, bn.running_mean, bn.running_var
+    weight, mean, var = (tensor.data.astype(float64) for tensor in tensors)
     scale = (var + bn.eps) ** -0.5
     scale = scale if bn.weight is None else scale * bn.weight.data
     bias = -mean * scale if layer.bias is None else (layer.bias.data - mean) * scale

@@ -255,16 +255,22 @@ def _(
     if mean is None:
         mean, var = batch_statistics(x, sample)  # anew, since they too depend on x
     s = 1 / sqrt(var + eps)
-    x_hat = sample.only((x - mean) * s)
+    centred = sample.only(x - mean)
     gbias = per_channel(g, channels)  # masked slots too: they hold β
     g = sample.only(g)
-    sum_gx = (g * x_hat).sum(axis=sample.reduced(x), keepdims=True)
+    # What is one number per channel is collected first: x̂ itself, centred · s, is never formed.
+    reduced = sample.reduced(x)
+    sum_gx = (g * centred).sum(axis=reduced, keepdims=True) * s
     gx = None
     if needs[0]:
-        sum_g = g.sum(axis=sample.reduced(x), keepdims=True)
-        gx = s * (g - (sum_g + x_hat * sum_gx) * sample.share)
-        gx = gx if weight is None else along(weight, x.shape, channels) * gx
-        gx = sample.only(gx).reshape(shape)
+        scale = s if weight is None else s * along(weight, x.shape, channels)
+        slope = scale * s * sum_gx
+        level = scale * g.sum(axis=reduced, keepdims=True)
+        if sample.counts is None:
+            gx = g * scale - (centred * (slope * sample.share) + level * sample.share)
+        else:
+            gx = sample.only(g * scale - (centred * slope + level) * sample.share)
+        gx = gx.reshape(shape)
     gweight = per_channel(sum_gx, channels) if needs[1] else None
     return (gx, gweight, gbias if needs[2] else None, None)[: len(needs)]
 

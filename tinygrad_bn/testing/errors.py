@@ -6,9 +6,17 @@ from __future__ import annotations
 class GradCheckError(AssertionError):
     """A checker found a function wrong; the message says where, by how much and what to try.
 
+    check: the name of the check that failed, where one of several was run (`verify`); else None.
+    examples: how many examples had been tried by then, this one included.
+    seed: with which the same examples are drawn again.
+
     >>> issubclass(GradCheckError, AssertionError)
     True
     """
+
+    check: str | None = None
+    examples: int | None = None
+    seed: int | None = None
 
 
 class Inconclusive(GradCheckError):  # noqa: N818  (a verdict, not always an error)

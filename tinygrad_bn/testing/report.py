@@ -74,6 +74,9 @@ class Report:
     vacuous: inputs whose gradient is zero within the noise. Right as that may be, a wrong rule that
         also gives zero there would not have been seen.
     notes: what was compared, in words.
+    examples: how many inputs were tried, by checks that draw them.
+    checks: for each check of several, its name and how many examples it had.
+    seed: with which the same examples are drawn again.
 
     >>> print(Report("check_pure", "tanh", notes=("2 calls bitwise equal",)))
     check_pure(tanh): passed; 2 calls bitwise equal
@@ -84,6 +87,9 @@ class Report:
     comparisons: tuple[Comparison, ...] = ()
     vacuous: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    examples: int = 0
+    checks: tuple[tuple[str, int], ...] = ()
+    seed: int | None = None
 
     @property
     def resolution(self) -> float:
@@ -109,6 +115,8 @@ class Report:
                 f"{self.directions} derivatives, resolution {self.resolution:.1e}, "
                 f"tolerance {self.tolerance}"
             )
+        if self.examples:
+            facts.append(f"{self.examples} examples, seed {self.seed}")
         if self.vacuous:
             facts.append(f"zero gradient for {', '.join(self.vacuous)}")
         return "; ".join((*facts, *self.notes))

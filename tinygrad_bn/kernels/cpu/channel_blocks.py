@@ -42,13 +42,21 @@ class Task(NamedTuple):
     bottom: int
 
 
-def memory_order(x: Array, axis: Axes) -> tuple[int, ...] | None:
-    """Return the order of axes in which x lies in memory without gaps, its channel axes together
-    and in x's order; None if there is none."""
+def dense_order(x: Array) -> tuple[int, ...] | None:
+    """Return the order of axes in which x lies in memory without gaps, None if there is none."""
+    if x.flags.c_contiguous:
+        return tuple(range(x.ndim))
     order = tuple(sorted(range(x.ndim), key=lambda i: (-x.strides[i], i)))
+    return order if x.transpose(order).flags.c_contiguous else None
+
+
+def memory_order(x: Array, axis: Axes) -> tuple[int, ...] | None:
+    """Return `dense_order` if the channel axes lie together in it, in x's order; else None."""
+    order = dense_order(x)
+    if order is None:
+        return None
     first = order.index(axis[0])
-    together = order[first : first + len(axis)] == axis
-    return order if together and x.transpose(order).flags.c_contiguous else None
+    return order if order[first : first + len(axis)] == axis else None
 
 
 class Blocks:
@@ -58,7 +66,7 @@ class Blocks:
         sizes = [shape[i] for i in order]
         first = order.index(axis[0])
         self.order = order
-        self.inverse = tuple(np.argsort(order))
+        self.inverse = tuple(int(i) for i in np.argsort(order))
         self.sizes = tuple(sizes)
         self.dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
         self.channels = math.prod(sizes[first : first + len(axis)])
@@ -108,7 +116,8 @@ class Blocks:
 
     def back(self, laid: Array) -> Array:
         """Return what `lay` gave, or an array like it, with its axes as they were."""
-        return laid.transpose(self.inverse)
+        # Not even a view of it where the order is x's own: what is handed out owns its memory.
+        return laid if self.inverse == tuple(range(laid.ndim)) else laid.transpose(self.inverse)
 
     def walk(
         self, tasks: Sequence[Task], laid: Sequence[Array], vectors: Sequence[Array]

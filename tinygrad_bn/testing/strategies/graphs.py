@@ -35,13 +35,14 @@ _MAX_PATHS = 128
 _SHAPES: tuple[Shape, ...] = ((), (1,), (3,), (2, 3), (2, 1), (2, 2, 2))
 
 _OPERANDS = 3
-_NEW_LEAF = 7
+#: From this number on an operand is a new leaf.
+_NEW_LEAF, _LAST = 6, 7
 
 
 class _Recipe(NamedTuple):
     op: Op
     case: int
-    operands: tuple[int, ...]  # 0 is the newest value, 1 the one before, ...; _NEW_LEAF a new leaf
+    operands: tuple[int, ...]  # 0 is the newest value, 1 the one before, ...; then a new leaf
     shape: int  # which shape new leaves have, where the op leaves that open
 
 
@@ -69,7 +70,7 @@ def graphs(
         _Recipe,
         st.sampled_from(vocabulary),
         st.integers(0, 31),
-        st.tuples(*[st.integers(0, _NEW_LEAF)] * _OPERANDS),
+        st.tuples(*[st.integers(0, _LAST)] * _OPERANDS),
         st.integers(0, 2 * len(_SHAPES) - 1),
     )
     recipes = draw(st.lists(recipe, min_size=1, max_size=max_steps))
@@ -158,7 +159,7 @@ class _Builder:
         if not isinstance(kind, Real):
             return self._add_leaf(kind, wanted or ())
         shape = _SHAPES[leaf_shape % len(_SHAPES)] if wanted is None else wanted
-        if pick == _NEW_LEAF or not self.usable:
+        if pick >= _NEW_LEAF or not self.usable:
             return self._add_leaf(kind, shape)
         i = self.usable[-1 - pick % len(self.usable)]
         if wanted is None:
@@ -172,16 +173,17 @@ class _Builder:
             return None
         shape = np.broadcast_shapes(*others)
         pick = recipe.operands[k % _OPERANDS]
-        if pick != _NEW_LEAF and self.usable:
-            mine = self.values[self.usable[-1 - pick % len(self.usable)]].shape
-            try:
-                together = np.broadcast_shapes(shape, mine)
-            except ValueError:
-                return shape
-            return mine if math.prod(together) <= _MAX_SIZE else shape
-        # A new leaf that broadcasts: fewer axes, some of them of size 1.
+        # One that broadcasts: fewer axes, some of them of size 1.
         cut = shape[recipe.shape % (len(shape) + 1) :]
-        return tuple(1 if recipe.shape >> axis & 1 else n for axis, n in enumerate(cut))
+        smaller = tuple(1 if recipe.shape >> axis & 1 else n for axis, n in enumerate(cut))
+        if pick >= _NEW_LEAF or not self.usable:
+            return smaller
+        mine = self.values[self.usable[-1 - pick % len(self.usable)]].shape
+        try:
+            together = np.broadcast_shapes(shape, mine)
+        except ValueError:
+            return smaller
+        return mine if math.prod(together) <= _MAX_SIZE else smaller
 
     def _fitted(self, i: int, wanted: Shape) -> int | None:
         """Return value `i` as one of the wanted shape, by views; None if it is too small."""
