@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.mutants.mutant import batch_norm_mutant as mutant
 from tests.mutants.mutant import wrapped
-from tests.mutants.textbook import BATCH, GIVEN, raw, textbook
+from tests.mutants.textbook import BATCH, textbook
 from tinygrad_bn.ops.elementwise import sqrt
 from tinygrad_bn.tape import TensorBase
 
@@ -26,9 +26,10 @@ def in_dtype(dtype):
     }
 
 
-def narrow(x):
-    """Return the dtype that a careless implementation sums in: that of x."""
-    return {"wide": lambda p: p.x, "mean": lambda p: p.average(p.x)} if x else {}
+def folded(p):
+    """Return y = x · scale + offset in x's dtype, as a layer folded for speed computes it."""
+    scale = (p.gamma * p.s).astype(p.x.dtype)
+    return p.x * scale + (p.beta - p.mean * p.gamma * p.s).astype(p.x.dtype)
 
 
 def expected_squares(p):
@@ -127,8 +128,7 @@ FORWARD = [
     mutant("ε squared", forward={"s": lambda p: 1 / sqrt(p.var + p.eps * p.eps)}),
     mutant("ε as a floor under the variance", forward={
         "s": lambda p: 1 / sqrt(np.maximum(p.var, p.eps))}),
-    mutant("ε always 1e-5", both={"eps": 1e-5}) if False else mutant(
-        "ε always 1e-5 (consistent)", both={"s": lambda p: 1 / sqrt(p.var + 1e-5)}),
+    consistent("ε always 1e-5", s=lambda p: 1 / sqrt(p.var + 1e-5)),
     mutant("divided by the variance", forward={"s": lambda p: 1 / (p.var + p.eps)}),
     mutant("not centred", forward={"x_hat": lambda p: p.wide * p.s}),
     mutant("β before γ: γ (x̂ + β)", both={
@@ -175,5 +175,6 @@ FORWARD = [
     mutant("evaluation: running variance taken for a deviation", given={
         "s": lambda p: 1 / (p.var + p.eps)}),
     mutant("evaluation: γ and β forgotten", given={"y": lambda p: p.x_hat.astype(p.x.dtype)}),
-    mutant("evaluation: computed in x's dtype", given={"wide": lambda p: p.x}),
+    mutant("y is x · scale + offset in x's dtype", forward={"y": folded}),
+    mutant("evaluation: y is x · scale + offset in x's dtype", given={"y": folded}),
 ]  # fmt: skip

@@ -31,7 +31,9 @@ def test_training_follows_the_paper_while_the_limits_open(
     mean, var = np.zeros(3), np.ones(3)
     for k, x in enumerate(batches(6, seed)):
         # k batches were seen before this one
-        opened = [np.interp(k, [start, end], [0, 1]) if end > start else k >= end for end in warmup[1:]]
+        opened = [
+            np.interp(k, [start, end], [0, 1]) if end > start else k >= end for end in warmup[1:]
+        ]
         r_now, d_now = 1 + opened[0] * (r_max - 1), opened[1] * d_max
         np.testing.assert_allclose(bn.limits(), (r_now, d_now), rtol=1e-12)
         sigma, batch_sigma = np.sqrt(var + 1e-3), np.sqrt(x.var(axis=0) + 1e-3)
@@ -86,7 +88,7 @@ def test_momentum_may_be_none_or_of_another_convention():
     ("options", "words"),
     [
         ({"r_max": 0.5}, "r_max is 0.5 and d_max 5.0, expected r_max >= 1"),
-        ({"d_max": -1}, "d_max -1"),
+        ({"d_max": -1}, "r_max is 3.0 and d_max -1, expected"),
         ({"warmup": (5, 4, 6)}, r"warmup is \(5, 4, 6\)"),
         ({"warmup": (-1, 4, 6)}, r"warmup is \(-1, 4, 6\)"),
     ],

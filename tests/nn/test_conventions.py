@@ -170,9 +170,13 @@ def test_text_and_errors_say_which_value_momentum_weights(name):
     bn = nn.BatchNorm1d(3, convention=name)
     assert f"momentum={bn.momentum} (weight of the {weighted} value)" in repr(bn)
     assert (f"convention='{name}'" in repr(bn)) == (name != "torch")
-    with pytest.raises(ValueError, match=rf"momentum is 1\.5, expected the weight of the {weighted}"):
+    with pytest.raises(
+        ValueError, match=rf"momentum is 1\.5, expected the weight of the {weighted}"
+    ):
         nn.BatchNorm1d(3, momentum=1.5, convention=name)
     bn.momentum = -1.0  # also when it is set later
     x = batches(1)[0]
-    with pytest.raises(ValueError, match=rf"momentum is -1\.0, expected the weight of the {weighted}"):
+    with pytest.raises(
+        ValueError, match=rf"momentum is -1\.0, expected the weight of the {weighted}"
+    ):
         bn(x)

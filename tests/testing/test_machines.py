@@ -1,5 +1,7 @@
 """The state machines pass on the library, and find faults that are planted in what they drive."""
 
+import sys
+
 import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -289,7 +291,7 @@ def views_count_writes_by_themselves(monkeypatch):
 
 
 def recorded_write_forgets_its_history(monkeypatch):
-    monkeypatch.setattr("tinygrad_bn.tensor.rebase", lambda tensor, node: None)
+    monkeypatch.setattr(sys.modules["tinygrad_bn.tensor"], "rebase", lambda tensor, node: None)
 
 
 def leaf_gets_the_last_gradient_alone(monkeypatch):
@@ -465,7 +467,7 @@ def mode_lost_when_a_generator_is_thrown_into(monkeypatch):
 
 
 def recorded_all_the_same(monkeypatch):
-    monkeypatch.setattr("tinygrad_bn.op.is_grad_enabled", lambda: True)
+    monkeypatch.setattr(sys.modules["tinygrad_bn.op"], "is_grad_enabled", lambda: True)
 
 
 def enable_grad_does_nothing_inside_no_grad(monkeypatch):

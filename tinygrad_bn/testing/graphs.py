@@ -335,7 +335,9 @@ def _flat(array: Any) -> str:
 
 def _as_code(node: Leaf | Step | Part) -> str:
     if isinstance(node, Leaf):
-        return f"Tensor({_flat(node.array)}, requires_grad=True)" if node.free else _flat(node.array)
+        return (
+            f"Tensor({_flat(node.array)}, requires_grad=True)" if node.free else _flat(node.array)
+        )
     if isinstance(node, Part):
         return f"v{node.of}[{node.index}]"
     inputs = ["None" if i is None else f"v{i}" for i in node.inputs]

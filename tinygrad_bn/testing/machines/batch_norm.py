@@ -143,7 +143,9 @@ class BatchNormMachine(RuleBasedStateMachine):
         """Write new values into weight and bias, as an optimizer does; the weight may become 0."""
         rng = np.random.default_rng(seed)
         for name in ("weight", "bias"):
-            value = np.round(rng.uniform(-2, 2, self.channels) * (rng.random(self.channels) < 0.8), 2)
+            value = np.round(
+                rng.uniform(-2, 2, self.channels) * (rng.random(self.channels) < 0.8), 2
+            )
             parameter = getattr(self.module, name)
             with no_grad():
                 parameter[...] = value.astype(parameter.dtype)

@@ -99,6 +99,7 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
         self.stale: list[_Value] = []
         self.leaves: list[_Value] = []
         self.grads: Slopes = {}
+        self.given: list[tuple[Any, Array]] = []  # cotangents, and what they must still be
         self.make_leaf(1)
         self._add(Tensor(np.array([0.5, -1.0, 2.0])), {}, None)
 
@@ -153,7 +154,9 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
             value.tensor.backward(given, retain_graph=retain)
         except RuntimeError as error:
             if value.slopes and not (freed or doubtful):
-                raise GradCheckError(f"backward raised although nothing had changed: {error}") from error
+                raise GradCheckError(
+                    f"backward raised although nothing had changed: {error}"
+                ) from error
             for n in nodes:
                 n.doubtful = n.doubtful or not retain
             return
@@ -161,8 +164,7 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
             raise GradCheckError("backward from a value that requires no grad did not raise")
         if freed:
             raise GradCheckError("backward through a graph that was freed did not raise")
-        if not np.array_equal(given.numpy(), cotangent):
-            raise GradCheckError("backward changed the cotangent that it was given")
+        self.given.append((given, cotangent))
         for leaf, (slope, size) in value.slopes.items():
             old, old_size = self.grads.get(leaf, (0.0, 0.0))
             term = slope * cotangent
@@ -258,6 +260,9 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
             found = value.tensor.numpy()
             if not np.allclose(found, value.memory.values, rtol=1e-13, atol=1e-13):
                 raise GradCheckError(f"a value is {found}, expected {value.memory.values}")
+        for given, cotangent in getattr(self, "given", ()):
+            if not np.array_equal(given.numpy(), cotangent):
+                raise GradCheckError("a cotangent that was given to backward was changed")
         for leaf, value in enumerate(getattr(self, "leaves", ())):
             found = value.tensor.grad
             if (found is None) != (leaf not in self.grads):

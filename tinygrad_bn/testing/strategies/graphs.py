@@ -47,9 +47,7 @@ class _Recipe(NamedTuple):
 
 
 @st.composite
-def graphs(
-    draw: st.DrawFn, *, ops: Sequence[Op | str] | None = None, max_steps: int = 8
-) -> Graph:
+def graphs(draw: st.DrawFn, *, ops: Sequence[Op | str] | None = None, max_steps: int = 8) -> Graph:
     """Return a strategy for `testing.graphs.Graph`, for `testing.check_graph` and other checkers.
 
     ops: Ops, or names in the registry; None takes every differentiable op of the library, and one
