@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import tinygrad_bn.functional  # noqa: F401  (registers every op of the library)
 from tests.mutants.textbook import textbook
+from tinygrad_bn.op import REGISTRY, Op
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,25 @@ def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
         return call
 
     return decorate
+
+
+@dataclass(frozen=True)
+class OpMutant(Mutant):
+    """A wrong version of the library's op of that name."""
+
+    op: str = ""
+
+
+def op_mutant(name: str, fault: str, forward: Any = None, rule: Any = None, **rules: Any) -> Any:
+    """Return a mutant of the library's op `name`: another forward, rule, or rules of some inputs.
+
+    What is not given stays as it is, in the generic form: the kernels do not take part.
+    """
+    right = REGISTRY[name]
+    if rule is None:
+        by_input = {right.inputs[r.target]: r.function for r in right.rules if r.target is not None}
+        rules = by_input | rules
+        rule = None if rules else right.rules[0].function
+    wrong = Op(forward or right.forward, name, right.domain, right.view)
+    wrong.def_vjp(rule, **rules)
+    return OpMutant(f"{name}: {fault}", wrong, op=name)

@@ -54,7 +54,8 @@ def first_of_each_channel(p):
 
 _BOTH = {
     "reduced": lambda p: tuple(i for i in range(p.x.ndim) if i not in p.axis),
-    "m": lambda p: math.prod(n for i, n in enumerate(p.x.shape) if i not in p.axis),
+    # At least 1, so that nothing is divided by the 0 values of an empty batch.
+    "m": lambda p: max(1, math.prod(p.x.shape[i] for i in p.reduced)),
     "along": lambda p: (
         lambda v: v.reshape(tuple(n if i in p.axis else 1 for i, n in enumerate(p.x.shape)))
     ),
@@ -95,7 +96,7 @@ GIVEN = {
 #: What becomes of the running statistics.
 STATE = {
     "by_the_batch": lambda p: p.training or p.running_mean is None,
-    "updates": lambda p: p.training and p.running_mean is not None,
+    "updates": lambda p: p.training and p.running_mean is not None and p.x.size > 0,
     "steps": lambda p: 1,
     "new_mean": lambda p: p.mean,
     "new_var": lambda p: p.var * (p.m / (p.m - p.correction)),
@@ -109,6 +110,8 @@ STATE = {
 
 def textbook(*, forward=(), rule=(), given=(), given_rule=(), state=(), both=()):
     """Return a batch norm with `F.batch_norm`'s signature and some of its formulas replaced.
+
+    It has neither masks nor ghost batches, so these are not asked of it.
 
     forward, rule: of training. given, given_rule: of evaluation. both: of all four.
     """
@@ -130,12 +133,8 @@ def textbook(*, forward=(), rule=(), given=(), given_rule=(), state=(), both=())
         eps=1e-5,
         *,
         axis=1,
-        mask=None,
-        groups=1,
         correction=1,
     ):
-        if mask is not None or groups != 1:
-            raise NotImplementedError("the textbook has neither masks nor ghost batches")
         axes = tuple(sorted(a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))))
         call = Sheet(
             batch_formulas | state,
@@ -147,6 +146,8 @@ def textbook(*, forward=(), rule=(), given=(), given_rule=(), state=(), both=())
             momentum=momentum,
             correction=correction,
         )
+        if call.by_the_batch and call.x.size and call.m == 1:
+            raise ValueError("one value per channel has no variance")
         if call.updates:
             channels = raw(running_mean).shape
             call.mean, call.var = call.mean.reshape(channels), call.var.reshape(channels)

@@ -1,4 +1,4 @@
-"""The batch norm layer on part of a batch, on parts of it by themselves, and with half its affine."""
+"""The batch norm layer on part of a batch, on its parts by themselves, with half its affine."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_scale_and_center_default_to_affine(options, weight, bias):
         expected = expected * [2, 3, -4]
     if bias:
         bn.bias.data[...] = [5, 6, 7]
-        expected = expected + [5, 6, 7]
+        expected = expected + np.array([5, 6, 7])
     y = bn(tg.Tensor(x)) if names else tg.Tensor(bn(x))
     np.testing.assert_allclose(y.numpy(), expected, rtol=1e-12)
     shown = f"scale={weight}, center={bias}" if weight != bias else f"affine={weight}"

@@ -128,6 +128,26 @@ def test_a_weight_that_two_layers_share_is_folded_for_one_and_kept_for_the_other
     np.testing.assert_array_equal(folded[1].weight.numpy(), model[2].weight.numpy())
 
 
+def test_the_copy_evaluates_whatever_mode_the_model_is_in():
+    model = nn.Sequential(block(nn.Dropout())).train()
+    assert not any(m.training for m in nn.fold_batch_norm(model).modules())
+    assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_weights_are_computed_in_float64_and_rounded_once(dtype):
+    model = trained(nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30)), dtype=dtype)
+    weight, bias, gamma, beta, mean, var = (
+        t.numpy().astype("float64") for t in list(model.state_dict().values())[:6]
+    )
+    scale = gamma / np.sqrt(var + 1e-5)
+    layer = nn.fold_batch_norm(model)[0]
+    got, expected = layer.weight.numpy(), (weight * scale[:, None]).astype(dtype)
+    # float64 work of another order may fall on the other side of a rounding, once in 1e8 or so.
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(layer.bias.numpy(), ((bias - mean) * scale + beta).astype(dtype))
+
+
 def test_what_was_not_trained_stays_so():
     model = block().requires_grad_(False)
     assert not any(p.requires_grad for p in nn.fold_batch_norm(model).parameters())
@@ -159,7 +179,7 @@ class Backwards(nn.Sequential):
 def holding_twice(name):
     """Return a model in which the first or second layer of a Sequential has another use."""
     model = nn.Sequential(block(), nn.Identity())
-    setattr(model, "other", model[0][name])
+    model.other = model[0][name]
     return model
 
 

@@ -32,7 +32,7 @@ def test_they_are_those_of_all_values_together(sizes, correction, offset, seed):
     mean, var, counter = values(bn)
     np.testing.assert_allclose(mean, whole.mean(axis=(0, 2)).astype(float), rtol=1e-14, atol=1e-14)
     expected = whole.var(axis=(0, 2), ddof=correction).astype(float)
-    # A mean of 1e6 is known to 1e-10, and so are differences of means. Σx² - (Σx)²/n is off by 1e-4.
+    # A mean of 1e6 is known to 1e-10, so differences of means are; Σx² - (Σx)²/n is off by 1e-4.
     np.testing.assert_allclose(var, expected, rtol=1e-8 if offset else 1e-12)
     assert counter == len(sizes)
 
@@ -70,7 +70,7 @@ def test_groups_masks_and_layers_called_twice_are_merged_too():
             self.bn = nn.BatchNorm1d(2, groups=2, correction=0, dtype="float64")
 
         def forward(self, pair):
-            return self.bn(pair[0], mask), self.bn(pair[1])
+            return self.bn(pair[0], mask), self.bn(pair[1]), self.bn(pair[0], 0 * mask)
 
     model = Twice()
     # Of the last group of the first call one value counts, which is too few.

@@ -1,4 +1,4 @@
-"""Graphs are what they say, and the check of a graph finds faults that are planted in the engine."""
+"""Graphs are what they say, and checking one finds faults that are planted in the engine."""
 
 from collections import Counter
 from contextlib import suppress
@@ -162,7 +162,7 @@ def test_message_has_the_program_in_it(monkeypatch):
     assert "v1 = multiply(v0, v0)" in message
 
 
-# --- planted faults --------------------------------------------------------------------------------
+# --- planted faults ------------------------------------------------------------------------------
 
 
 def overwriting(pending, place, g, source=None):
@@ -188,9 +188,8 @@ def visited_breadth_first(monkeypatch):
         queue = list(dict.fromkeys(p for p in places if not isinstance(p, TensorBase)))
         for node in queue:
             for parent in node.parents:
-                if parent is not None and not isinstance(parent, TensorBase):
-                    if parent not in queue:
-                        queue.append(parent)
+                if not (parent is None or isinstance(parent, TensorBase) or parent in queue):
+                    queue.append(parent)
         return queue
 
     monkeypatch.setattr(autograd, "_newest_first", order)

@@ -1,6 +1,7 @@
 """The state machines pass on the library, and find faults that are planted in what they drive."""
 
 import sys
+from collections import Counter
 
 import pytest
 from hypothesis import Phase, settings
@@ -18,11 +19,10 @@ from tinygrad_bn.testing.machines import (
     GradModeMachine,
     GraphLifetimeMachine,
 )
-from tinygrad_bn.testing.machines import graph_lifetime as lifetime
 
 #: The same runs every time, and none of them shrunk: whether a fault is found is the question.
 FIXED = settings(
-    max_examples=100,
+    max_examples=300,
     stateful_step_count=25,
     derandomize=True,
     database=None,
@@ -47,7 +47,7 @@ def test_the_library_passes(machine):
     run_state_machine_as_test(machine, settings=settings(FIXED, max_examples=30))
 
 
-# --- batch norm ------------------------------------------------------------------------------------
+# --- batch norm ----------------------------------------------------------------------------------
 
 
 def machine_of(module_class):
@@ -240,7 +240,7 @@ def test_a_planted_fault_of_a_batch_norm_module_is_found(module_class):
 
 
 def test_another_correction_is_for_the_machine_to_be_told():
-    class Keras(BatchNormMachine):
+    class Keras(InFloat32):
         correction = 0
 
         def make_module(self, num_features, eps, momentum):
@@ -249,7 +249,7 @@ def test_another_correction_is_for_the_machine_to_be_told():
     run_state_machine_as_test(Keras, settings=settings(FIXED, max_examples=10))
 
 
-# --- the life of a graph -----------------------------------------------------------------------------
+# --- the life of a graph -------------------------------------------------------------------------
 
 _walk = autograd._walk
 
@@ -377,28 +377,24 @@ def test_a_users_op_takes_part():
     caught(Machine, r"\.grad of leaf")
 
 
-def test_every_rule_of_the_lifetime_machine_comes_to_its_point(monkeypatch):
-    """The machine is not vacuous: each kind of verdict occurs."""
-    seen = set()
+def test_the_lifetime_machine_comes_to_every_kind_of_situation():
+    seen = Counter()
 
     class Machine(GraphLifetimeMachine):
-        def backward(self, pick, retain, seed):
-            value = self._pick(pick)
+        def _backward(self, value, retain):
             nodes = list(value.node.behind()) if value.node is not None else []
             kinds = ["freed"] * any(n.freed for n in nodes)
             kinds += ["written"] * any(m.writes != w for n in nodes for m, w in n.kept)
-            kinds += ["deep"] * (len(nodes) > 3) + ["no grad"] * (not value.slopes)
+            kinds += ["deep"] * (len(nodes) > 2) + ["no grad"] * (not value.slopes)
             seen.update(kinds or ["clean"])
+            super()._backward(value, retain)
 
-        backward = lifetime.rule(
-            pick=lifetime._PICK, retain=lifetime.st.booleans(), seed=lifetime.st.just(0)
-        )(backward)
-
-    run_state_machine_as_test(Machine, settings=settings(FIXED, max_examples=30))
-    assert seen >= {"written", "deep", "no grad", "clean"}
+    run_state_machine_as_test(Machine, settings=settings(FIXED, max_examples=100))
+    # At least every tenth run.
+    assert all(seen[kind] >= 10 for kind in ("freed", "written", "deep", "no grad", "clean")), seen
 
 
-# --- grad mode -----------------------------------------------------------------------------------------
+# --- grad mode -----------------------------------------------------------------------------------
 
 
 def not_restored_after_an_exception(monkeypatch):

@@ -56,9 +56,13 @@ class Population:
         self.squares = self.squares + var * k + delta * delta * (self.count * share)
         self.count = total
 
+    def total(self) -> float:
+        """Return how many values there were, which may have to be fetched from a device."""
+        return float(self.count if isinstance(self.count, int) else self.count.item())
+
     def var(self, correction: float) -> Any:
-        """Return the variance of all values: their squared deviations / (count - correction)."""
-        count = float(self.count)
+        """Return the variance of all values: their squared deviations / (total - correction)."""
+        count = self.total()
         return self.squares / (count - correction if count > correction else count)
 
 
@@ -114,7 +118,7 @@ def update_batch_norm(model: Module, batches: Iterable[Any]) -> None:
     finally:
         for module, training in before:
             module.training = training
-    counts = [float(population.count) for population in populations]
+    counts = [population.total() for population in populations]
     if not any(counts):
         raise ValueError(
             f"update_batch_norm: got {given} batches and no values in them"

@@ -9,9 +9,11 @@ import importlib
 from typing import Any
 
 from tinygrad_bn.testing.agreement import check_backends, check_layouts, check_raw
+from tinygrad_bn.testing.batch_norm_verification import verify_batch_norm
 from tinygrad_bn.testing.errors import BlindCheckWarning, GradCheckError, Inconclusive
 from tinygrad_bn.testing.gradients import check_double_grad, check_grad
 from tinygrad_bn.testing.invariants import check_dtypes, check_pure
+from tinygrad_bn.testing.laws import Law, assert_law
 from tinygrad_bn.testing.report import Comparison, Report, Tolerance
 
 __all__ = [
@@ -19,8 +21,10 @@ __all__ = [
     "Comparison",
     "GradCheckError",
     "Inconclusive",
+    "Law",
     "Report",
     "Tolerance",
+    "assert_law",
     "check_backends",
     "check_double_grad",
     "check_dtypes",
@@ -28,6 +32,7 @@ __all__ = [
     "check_layouts",
     "check_pure",
     "check_raw",
+    "verify_batch_norm",
 ]
 
 

@@ -229,7 +229,7 @@ def check_graph(graph: Graph, *, seed: int = 0) -> Report:
     return Report("check_graph", "graph", notes=notes)
 
 
-# --- ways to the gradients: each returns them by the number of the value ------------------------
+# --- ways to the gradients: each returns them by the number of the value -------------------------
 
 
 def _grad_of_everything_together(graph: Graph, create_graph: bool = False) -> dict[int, Any]:

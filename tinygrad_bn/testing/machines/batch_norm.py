@@ -33,7 +33,7 @@ class _Pending:
 
 
 class BatchNormMachine(RuleBasedStateMachine):
-    """Forward, backward of any pending pass, train/eval, save/load, parameter updates.
+    """Forward in either mode, backward of any pending pass, save/load, parameter updates.
 
     The model keeps parameters, running statistics, the counter and the mode; after every step the
     module must have the same. Outputs and gradients must be those of the formula, evaluated in
@@ -79,16 +79,22 @@ class BatchNormMachine(RuleBasedStateMachine):
         self.pending: list[_Pending] = []
         self.saved: tuple[dict[str, Array], dict[str, Array], int] | None = None
 
-    # --- passes --------------------------------------------------------------------------------
+    # --- passes ----------------------------------------------------------------------------------
 
     @rule(
+        training=st.booleans(),
         seed=_SEEDS,
         batch=st.integers(2, 5),
         spatial=st.sampled_from([(), (3,), (2, 2)]),
         offset=st.sampled_from([0.0, 1.0, -30.0]),
     )
-    def forward(self, seed: int, batch: int, spatial: tuple[int, ...], offset: float) -> None:
-        """Run the module on a new batch; the result stays pending for a backward pass."""
+    def forward(
+        self, training: bool, seed: int, batch: int, spatial: tuple[int, ...], offset: float
+    ) -> None:
+        """Run the module on a new batch, in either mode; the result stays pending."""
+        if training != self.training:
+            self.module.train() if training else self.module.eval()
+            self.training = training
         rng = np.random.default_rng(seed)
         shape = (batch, self.channels, *spatial)
         spread = rng.uniform(0.5, 2.0, (self.channels, *[1] * len(spatial)))
@@ -125,18 +131,6 @@ class BatchNormMachine(RuleBasedStateMachine):
             self._require(f"the gradient of {name}", g.numpy(), want, scale)
 
     # --- changes ---------------------------------------------------------------------------------
-
-    @rule()
-    def train(self) -> None:
-        """Switch to training mode."""
-        self.module.train()
-        self.training = True
-
-    @rule()
-    def eval(self) -> None:
-        """Switch to evaluation mode."""
-        self.module.eval()
-        self.training = False
 
     @rule(seed=_SEEDS)
     def update_parameters(self, seed: int) -> None:

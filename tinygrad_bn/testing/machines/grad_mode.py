@@ -25,9 +25,9 @@ class GradModeMachine(RuleBasedStateMachine):
     modes: what is under test: for False and True, something that sets that mode as a context
         manager and as a decorator. is_enabled: what tells the mode.
 
-    After every step the mode must be that of the innermost open block (outside of all, what it was at first), and
-    ops must be recorded, or not, accordingly. A generator must run under its decorator's mode at
-    each step, and its caller under its own between the steps.
+    After every step the mode must be that of the innermost open block (outside of all, what it was
+    at first), and ops must be recorded, or not, accordingly. A generator must run under its
+    decorator's mode at each step, and its caller under its own between the steps.
 
     >>> from hypothesis import settings
     >>> from hypothesis.stateful import run_state_machine_as_test
@@ -103,7 +103,7 @@ class GradModeMachine(RuleBasedStateMachine):
             block.__exit__(None, None, None)
             self._require(mode if left else self.expected, f"{left} of {times} entries left")
 
-    # --- decorators --------------------------------------------------------------------------------
+    # --- decorators ------------------------------------------------------------------------------
 
     @rule(mode=_MODES, raises=st.booleans(), depth=st.integers(0, 3))
     def call_decorated(self, mode: bool, raises: bool, depth: int) -> None:
@@ -175,14 +175,18 @@ class GradModeMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Close what is open, whatever had happened."""
-        try:
-            for _, generator in self.generators:
+        found: list[GradCheckError] = []
+        for _, generator in self.generators:
+            try:
                 generator.close()
-        finally:
-            while self.open:
-                self.open.pop()[1].__exit__(None, None, None)
-            if self.is_enabled() != self.outside:  # a fault was found; it ends with this example
-                self.modes[self.outside]().__enter__()
+            except GradCheckError as error:
+                found.append(error)
+        while self.open:
+            self.open.pop()[1].__exit__(None, None, None)
+        if self.is_enabled() != self.outside:  # a fault was found; it ends with this example
+            self.modes[self.outside]().__enter__()
+        if found:
+            raise found[0]
 
     def _require(self, mode: bool, where: str) -> None:
         if self.is_enabled() != mode:

@@ -21,7 +21,8 @@ Array = np.ndarray
 Slopes = dict[int, tuple[Array, Array]]
 
 _SIZE = 3
-_PICK = st.integers(0, 63)
+_PICK = st.integers(0, 9)  # 0 is the newest value
+_UNRECORDED = ("no_grad", "no_grad, [:]")
 #: Values stay below this, so that errors do not grow without bound.
 _MAX_VALUE = 4.0
 
@@ -73,8 +74,8 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
     The model carries every derivative forward, beside the value, and so knows any gradient without
     a graph. What it demands of a backward pass: RuntimeError if the graph was freed; the right
     gradients if no input or output of its ops was written to since; one or the other if there was
-    such a write. `.grad` of each leaf must be the sum of the passes that succeeded since it was set to None,
-    in memory of its own.
+    such a write. `.grad` of each leaf must be the sum of the passes that succeeded since it was set
+    to None, in memory of its own.
 
     ops: name -> (function of Tensors, function of arrays that returns its partial derivatives),
         acting entry by entry. Add your own.
@@ -103,7 +104,7 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
         self.make_leaf(1)
         self._add(Tensor(np.array([0.5, -1.0, 2.0])), {}, None)
 
-    # --- making values -----------------------------------------------------------------------------
+    # --- making values ---------------------------------------------------------------------------
 
     @precondition(lambda self: len(self.leaves) < 4)
     @rule(seed=st.integers(0, 2**16))
@@ -116,10 +117,10 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
         value.leaf = leaf
         self.leaves.append(value)
 
-    @rule(data=st.data(), first=_PICK, second=_PICK)
-    def apply(self, data: Any, first: int, second: int) -> None:
+    @rule(op=st.integers(0, 63), first=_PICK, second=_PICK)
+    def apply(self, op: int, first: int, second: int) -> None:
         """Apply one of the ops to any values."""
-        function, partials = self.ops[data.draw(st.sampled_from(sorted(self.ops)))]
+        function, partials = self.ops[sorted(self.ops)[op % len(self.ops)]]
         inputs = [self._pick(first), self._pick(second)][: len(signature(partials).parameters)]
         arrays = [v.memory.values.copy() for v in inputs]
         result = function(*[v.tensor for v in inputs])
@@ -137,13 +138,23 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
         view = self._add(base.tensor[:], dict(base.slopes), self._node([base], []))
         view.memory, view.is_view = base.memory, True
 
-    # --- passes --------------------------------------------------------------------------------------
+    # --- passes ----------------------------------------------------------------------------------
 
-    @rule(pick=_PICK, retain=st.booleans(), seed=st.integers(0, 2**16))
-    def backward(self, pick: int, retain: bool, seed: int) -> None:
-        """Run a backward pass from any value, keeping the graph or not."""
-        value = self._pick(pick)
-        rng = np.random.default_rng(seed)
+    @rule(
+        pick=_PICK, passes=st.lists(st.booleans(), min_size=1, max_size=3), anything=st.booleans()
+    )
+    def backward(self, pick: int, passes: list[bool], anything: bool) -> None:
+        """Run backward passes from one value, each keeping the graph (True) or not.
+
+        The value is the result of a recorded op, or `anything`: a leaf, a constant.
+        """
+        made = [v for v in self.values if v.node is not None]
+        value = self._pick(pick) if anything or not made else made[-1 - pick % len(made)]
+        for retain in passes:
+            self._backward(value, retain)
+
+    def _backward(self, value: _Value, retain: bool) -> None:
+        rng = np.random.default_rng(len(self.given))
         cotangent = rng.uniform(0.5, 1.5, _SIZE) * rng.choice((-1.0, 1.0), _SIZE)
         given = Tensor(cotangent.copy())
         nodes = list(value.node.behind()) if value.node is not None else []
@@ -187,12 +198,14 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
         self.leaves[leaf].tensor.grad[...] = 0.25
         self.grads[leaf] = np.full(_SIZE, 0.25), np.full(_SIZE, 0.25)
 
-    # --- writes --------------------------------------------------------------------------------------
+    # --- writes ----------------------------------------------------------------------------------
 
-    @rule(into=_PICK, source=_PICK, how=st.sampled_from(["+=", "*=", "[1:] ="]))
+    @rule(into=_PICK, source=_PICK, how=st.sampled_from(["+=", "*=", "[1:] =", *_UNRECORDED]))
     def write(self, into: int, source: int, how: str) -> None:
-        """Write into a Tensor in place, recorded if either requires grad."""
+        """Write into a Tensor in place, recorded if either requires grad, or under no_grad."""
         t, s = self._pick(into), self._pick(source)
+        if how in _UNRECORDED:
+            return self._write_unrecorded(t, through_a_view=how == "no_grad, [:]")
         if how == "[1:] =" and s.memory is t.memory:
             return
         before, other = t.memory.values.copy(), s.memory.values.copy()
@@ -229,15 +242,6 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
             self.stale += twins
             self.values = [v for v in self.values if not any(v is w for w in twins)]
 
-    @rule(into=_PICK, value=st.sampled_from([0.5, -1.0]))
-    def write_unrecorded(self, into: int, value: float) -> None:
-        """Write under no_grad, as an optimizer does: a pending pass may need the old values."""
-        t = self._pick(into)
-        with no_grad():
-            t.tensor[...] = value
-        t.memory.values[:] = value
-        t.memory.writes += 1
-
     @precondition(lambda self: self.stale)
     @rule(pick=_PICK)
     def use_stale_view(self, pick: int) -> None:
@@ -251,7 +255,7 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
             return
         raise GradCheckError("a view from before a recorded write to its base was used silently")
 
-    # --- what must hold ------------------------------------------------------------------------------
+    # --- what must hold --------------------------------------------------------------------------
 
     @invariant()
     def gradients_and_values_are_those_of_the_model(self) -> None:
@@ -276,7 +280,15 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
                         f"passes since it was set to None"
                     )
 
-    # --- inside --------------------------------------------------------------------------------------
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _write_unrecorded(self, t: _Value, through_a_view: bool) -> None:
+        """Write under no_grad, as an optimizer does: a pending pass may need the old values."""
+        with no_grad():
+            view = t.tensor[:] if through_a_view else t.tensor
+            view[...] = 0.75
+        t.memory.values[:] = 0.75
+        t.memory.writes += 1
 
     def _pick(self, pick: int) -> _Value:
         return self.values[-1 - pick % len(self.values)]

@@ -68,11 +68,17 @@ def batch_norm_inputs(
     training: bool | None = None,
     affine: bool | None = None,
     max_ratio: float = 1e6,
+    max_spread: float = 1e3,
+    max_eps: float = 1e8,
+    small: bool = False,
 ) -> BatchNormInputs:
     """Return a strategy for `BatchNormInputs`; what is given is fixed, the rest is drawn.
 
     axis: 1 or -1. affine: whether there are weight and bias.
     max_ratio: the largest |offset| / spread.
+    max_spread: the largest spread of x, and one over the smallest.
+    max_eps: the largest eps / variance.
+    small: whether channels and spatial axes have at most two entries.
 
     The spread of x is 1e-3 to 1e3, its offset up to `max_ratio` spreads, each channel with its own
     within a factor of about 10; eps goes from 1e-8 to 1e8 times the variance; the weight has zeros.
@@ -85,14 +91,14 @@ def batch_norm_inputs(
     """
     if shape is None:
         axis = draw(st.sampled_from((1, -1))) if axis is None else axis
-        shape = _draw_shape(draw, axis)
+        shape = _draw_shape(draw, axis, 2 if small else 4)
     else:
         axis = 1 if axis is None else axis
-    spread = 10.0 ** draw(st.integers(-3, 3))
+    spread = min(max(10.0 ** draw(st.integers(-3, 3)), 1 / max_spread), max_spread)
     ratio = draw(st.sampled_from([0.0, 1.0, -10.0, 1e3, -1e4, 1e6]))
     ratio = math.copysign(min(abs(ratio), max_ratio), ratio)
     # Relative to the variance: as most people have it; far below; far above.
-    eps = draw(st.sampled_from([1e-5, 1e-8, 1e-3, 1.0, 1e4, 1e8])) * spread**2
+    eps = min(draw(st.sampled_from([1e-5, 1e-8, 1e-3, 1.0, 1e4, 1e8])), max_eps) * spread**2
     momentum = draw(st.sampled_from([0.1, 0.0, 0.5, 1.0]))
     training = draw(st.sampled_from([True, False])) if training is None else training
     affine = draw(st.sampled_from([True, True, True, False])) if affine is None else affine
@@ -104,7 +110,9 @@ def batch_norm_inputs(
 
 
 @st.composite
-def degenerate_batch_norm_inputs(draw: st.DrawFn, *, dtype: Any = "float64") -> BatchNormInputs:
+def degenerate_batch_norm_inputs(
+    draw: st.DrawFn, *, axis: int | None = None, dtype: Any = "float64"
+) -> BatchNormInputs:
     """Return a strategy for the cases that `batch_norm_inputs` leaves out.
 
     Constant channels (zero variance, up to 1e6 in size), one or two values per channel, constant
@@ -115,7 +123,7 @@ def degenerate_batch_norm_inputs(draw: st.DrawFn, *, dtype: Any = "float64") -> 
     (1, 1)
     """
     kind = draw(st.sampled_from(["few values", "constant channel", "constant x", "cotangent"]))
-    axis = draw(st.sampled_from((1, -1)))
+    axis = draw(st.sampled_from((1, -1))) if axis is None else axis
     shape = _draw_shape(draw, axis)
     if kind == "few values":
         channels = shape[axis]
@@ -149,10 +157,35 @@ def degenerate_batch_norm_inputs(draw: st.DrawFn, *, dtype: Any = "float64") -> 
     return replace(drawn, x=x, cotangent=cotangent)
 
 
-def _draw_shape(draw: st.DrawFn, axis: int) -> Shape:
+@st.composite
+def verified_inputs(
+    draw: st.DrawFn,
+    *,
+    axes: tuple[int, ...] = (1, -1),
+    dtypes: tuple[str, ...] = ("float64", "float32", "float16"),
+    degenerate: bool = False,
+    **options: Any,
+) -> BatchNormInputs:
+    """Return a strategy for what `verify_batch_norm` tries: any of `axes` and `dtypes`.
+
+    degenerate: of `degenerate_batch_norm_inputs` instead. options: of `batch_norm_inputs`.
+    """
+    axis = draw(st.sampled_from(axes))
+    if degenerate:
+        dtype = draw(st.sampled_from(("float64", "float32")))
+        return draw(degenerate_batch_norm_inputs(axis=axis, dtype=dtype))
+    dtype = draw(st.sampled_from(dtypes))
+    if dtype == "float16":
+        # Within the range of the dtype, eps too, which is added to a running variance in it; the
+        # squares of x are not, as statistics in it find out.
+        options = {**options, "max_ratio": 10.0, "max_spread": 10.0, "max_eps": 1.0}
+    return draw(batch_norm_inputs(axis=axis, dtype=dtype, **options))
+
+
+def _draw_shape(draw: st.DrawFn, axis: int, most: int = 4) -> Shape:
     """Return a shape of rank 2 to 5 with at least three values per channel."""
-    channels = draw(st.integers(1, 4))
-    spatial = draw(st.lists(st.integers(1, 4), max_size=3))
+    channels = draw(st.integers(1, most))
+    spatial = draw(st.lists(st.integers(1, most), max_size=3))
     # The batch makes up what the other axes lack to three.
     least = -(-3 // math.prod(spatial))
     batch = draw(st.integers(least, least + 4))

@@ -1,9 +1,10 @@
 """Whole graphs of registered ops: fan-out, reuse, broadcasting, views, unused branches.
 
 What is drawn is a short list of recipes, (op, case, which operands); a builder turns any such list
-into a valid graph, so nothing is filtered out and a failing graph shrinks by leaving recipes out. The
-builder knows every value as it goes: an operand of the wrong shape is reshaped, sliced or broadcast
-to fit (views!), and one outside an op's domain, or too near a kink, is replaced by a new leaf.
+into a valid graph, so nothing is filtered out and a failing graph shrinks by leaving recipes out.
+The builder knows every value as it goes: an operand of the wrong shape is reshaped, sliced or
+broadcast to fit (views!), and one outside an op's domain, or too near a kink, is replaced by a new
+leaf.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def graphs(draw: st.DrawFn, *, ops: Sequence[Op | str] | None = None, max_steps:
         with two outputs. Each must have a sample domain.
     max_steps: the largest number of ops that are drawn; views that make operands fit come on top.
 
-    Every output has a random cotangent, and at least one leaf is free. A fault of the engine shrinks
-    to the few steps that show it.
+    Every output has a random cotangent, and at least one leaf is free. A fault of the engine
+    shrinks to the few steps that show it.
 
     >>> from hypothesis import find
     >>> find(graphs(ops=["multiply"]), lambda graph: graph.nodes[-1].inputs == (0, 0))

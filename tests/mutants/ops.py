@@ -1,0 +1,7 @@
+"""Every other op that is wrong on purpose; the kit must find each of them out."""
+
+from tests.mutants.ops_elementwise import ELEMENTWISE
+from tests.mutants.ops_networks import NETWORKS
+from tests.mutants.ops_shape import SHAPES
+
+MUTANTS = [*ELEMENTWISE, *SHAPES, *NETWORKS]

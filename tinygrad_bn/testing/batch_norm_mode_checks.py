@@ -1,0 +1,187 @@
+"""What `verify_batch_norm` asks beyond one pass in training: evaluation, pending passes, aliasing,
+masks and ghost batches, derivatives of derivatives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn.grad_mode import no_grad
+from tinygrad_bn.tensor import Tensor
+from tinygrad_bn.testing.agreement import check_layouts
+from tinygrad_bn.testing.batch_norm_candidate import Candidate, Pass, plain_function
+from tinygrad_bn.testing.batch_norm_checks import NAMES, require, want
+from tinygrad_bn.testing.batch_norm_reference import WIDE, statistic_excess
+from tinygrad_bn.testing.errors import GradCheckError
+from tinygrad_bn.testing.gradients import check_double_grad, check_grad
+from tinygrad_bn.testing.invariants import check_dtypes, check_pure
+from tinygrad_bn.testing.laws import EVALUATION_LAWS, TRAINING_LAWS
+
+
+def arrays(d: Any) -> list[np.ndarray]:
+    """Return x, weight and bias, as far as there are any."""
+    return [a for a in (d.x, d.weight, d.bias) if a is not None]
+
+
+def evaluation(candidate: Candidate, d: Any) -> None:
+    """Evaluation normalizes by the running statistics, and leaves them alone."""
+    done = Pass(candidate, d, training=False, running=True)
+    right = want(d, given=(d.running_mean, d.running_var))
+    require(right, y=done.y, **done.gradients())
+    for name, after in zip(("running_mean", "running_var"), done.state, strict=True):
+        if not np.array_equal(after, getattr(d, name)):
+            raise GradCheckError(f"evaluation moved {name} to {after.tolist()}")
+    single = replace(d, x=d.x.take([0], d.reduced_axes[0]), cotangent=d.cotangent.take([0], d.reduced_axes[0]))
+    alone = Pass(candidate, single, training=False, running=True)
+    require(want(single, given=(d.running_mean, d.running_var)), y=alone.y)
+
+
+def pending(candidate: Candidate, d: Any) -> None:
+    """A pass that waits for its backward is not disturbed by another call, or by writes to y."""
+    state = Tensor(d.running_mean.copy()), Tensor(d.running_var.copy())
+    other = replace(d, x=d.x[::-1] * 2)
+    waiting = Pass(candidate, d, running=state)
+    Pass(candidate, other, running=state).gradients()
+    try:
+        found = waiting.gradients()
+    except RuntimeError as error:
+        raise GradCheckError(
+            f"a second call made the backward of the first impossible ({error}); the statistics of "
+            f"a batch belong to its own pass"
+        ) from None
+    _undisturbed(found, want(d), "a second call with the same running statistics")
+
+    given = want(d, given=tuple(s.data.copy() for s in state))
+    waiting = Pass(candidate, d, training=False, running=state)
+    Pass(candidate, other, running=state)
+    _harmless(waiting, given, "running statistics moved by a training call")
+
+    waiting = Pass(candidate, d)
+    if np.shares_memory(waiting.y, waiting.inputs[0].data):
+        raise GradCheckError("the output shares memory with x")
+    with no_grad():
+        waiting.output[...] = 0.5
+    _harmless(waiting, want(d), "the output overwritten")
+
+
+def _harmless(waiting: Pass, right: Any, what: str) -> None:
+    try:
+        found = waiting.gradients()
+    except RuntimeError:
+        return  # noticed: as it should be
+    _undisturbed(found, right, f"{what} between forward and backward, without an error")
+
+
+def _undisturbed(found: dict[str, np.ndarray], right: Any, what: str) -> None:
+    try:
+        require(right, **found)
+    except GradCheckError as error:
+        raise GradCheckError(f"{what}: {error}") from None
+
+
+def twice(candidate: Candidate, d: Any) -> None:
+    """Used twice with the same vectors, the gradients of both uses add up."""
+    inputs = [None if a is None else Tensor(a, requires_grad=True) for a in (d.x, d.weight, d.bias)]
+    state = Tensor(d.running_mean.copy()), Tensor(d.running_var.copy())
+    options = {"training": True, "momentum": d.momentum, "eps": d.eps, "axis": d.axis}
+    x, weight, bias = inputs
+    y = candidate(x, state, weight, bias, **options)
+    z = candidate(x, state, weight, bias, **options)
+    ((y + z) * Tensor(d.cotangent)).sum().backward()
+    right = want(d)
+    for name, t in zip(("gx", "gweight", "gbias"), inputs, strict=True):
+        if t is not None:
+            if t.grad is None:
+                raise GradCheckError(f"{NAMES[name]} is None after backward()")
+            try:
+                require(right, **{name: t.grad.numpy() / 2})
+            except GradCheckError as error:
+                raise GradCheckError(f"half of what two uses add up to: {error}") from None
+
+
+def masks(candidate: Candidate, d: Any) -> None:
+    """A mask leaves values out, or counts them several times, forward and backward."""
+    shape = tuple(1 if a == d.axis % d.x.ndim else n for a, n in enumerate(d.x.shape))
+    frequency = (np.random.default_rng(d.x.size).integers(0, 3, shape)).astype(d.x.dtype)
+    right = want(d, frequency=frequency)
+    # What does not count may be anything.
+    x = np.where(np.broadcast_to(frequency > 0, d.x.shape), d.x, np.nan)
+    done = Pass(candidate, replace(d, x=x), mask=frequency)
+    require(right, y=done.y, **done.gradients())
+
+
+def groups(candidate: Candidate, d: Any) -> None:
+    """Ghost batches are normalized each by itself; the state makes one step to their average."""
+    parts = [replace(d, x=x, cotangent=g) for x, g in zip(*_halved(d), strict=True)]
+    both = replace(d, x=np.concatenate([p.x for p in parts]), cotangent=np.concatenate([p.cotangent for p in parts]))
+    done = Pass(candidate, both, running=True, groups=2)
+    rights = [want(p) for p in parts]
+    found = done.gradients()
+    n = parts[0].x.shape[0]
+    for i, right in enumerate(rights):
+        rows = slice(i * n, (i + 1) * n)
+        require(right, y=done.y[rows], gx=found["gx"][rows])
+    m = parts[0].count
+    news = (
+        sum(r.mean for r in rights) / 2,
+        sum(r.var for r in rights) / 2 * (WIDE(m) / (m - 1)),
+    )
+    for name, after, new in zip(("running_mean", "running_var"), done.state, news, strict=True):
+        old = getattr(d, name).astype(WIDE)
+        step = (1 - WIDE(d.momentum)) * old + WIDE(d.momentum) * new
+        over, where = statistic_excess(after, step, np.abs(old) + np.abs(new))
+        if not over <= 1:
+            raise GradCheckError(f"{name} after a call with groups=2 is wrong {where}")
+
+
+def _halved(d: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return two batches of three rows or more: x, and x turned round; and their cotangents."""
+    return [d.x, d.x[::-1] * 1.5 + d.x.std()], [d.cotangent, d.cotangent * 0.5]
+
+
+def differences(candidate: Candidate, d: Any) -> None:
+    """The gradients against difference quotients of the output."""
+    fn = plain_function(candidate, d, d.training, running=not d.training)
+    check_grad(fn, *arrays(d), directions=1, cotangents=d.cotangent)
+
+
+def second_order(candidate: Candidate, d: Any) -> None:
+    """The gradients of the gradients; symmetric Hessian; finite where gamma is 0."""
+    fn = plain_function(candidate, d, d.training, running=not d.training)
+    check_double_grad(fn, *arrays(d), directions=1, cotangents=d.cotangent)
+
+
+def purity(candidate: Candidate, d: Any) -> None:
+    """Nothing changed, nothing shared, equal calls equal."""
+    check_pure(plain_function(candidate, d, d.training, running=True), *arrays(d))
+
+
+def layouts(candidate: Candidate, d: Any) -> None:
+    """The same results however the inputs and the cotangent lie in memory."""
+    check_layouts(plain_function(candidate, d, d.training, running=True), *arrays(d))
+
+
+def dtypes(candidate: Candidate, d: Any) -> None:
+    """Output and gradients in the dtypes of the inputs, also where these differ."""
+    check_dtypes(plain_function(candidate, d, d.training), *arrays(d))
+
+
+def laws(candidate: Candidate, d: Any) -> None:
+    """The laws of batch norm, in training or in evaluation."""
+    channels = d.channels
+    if d.weight is None:
+        d = replace(d, weight=np.ones(channels, d.x.dtype))
+    if d.bias is None:
+        d = replace(d, bias=np.zeros(channels, d.x.dtype))
+
+    def run(x: Any, weight: Any, bias: Any, cotangent: Any, eps: float, axis: int) -> Any:
+        inputs = replace(d, x=x, weight=weight, bias=bias, cotangent=cotangent, eps=eps, axis=axis)
+        done = Pass(candidate, inputs, training=d.training, running=not d.training)
+        return (done.y, *done.gradients().values())
+
+    for law in TRAINING_LAWS if d.training else EVALUATION_LAWS:
+        # 16 roundings even for the exact ones: a power function or a fused multiply-add may keep
+        # an implementation from being exact to the bit without its being wrong.
+        law.check(run, d, roundings=max(law.roundings, 16.0))

@@ -1,0 +1,188 @@
+"""`verify_batch_norm`: is somebody's batch norm right, in everything that a user relies on?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn.testing import batch_norm_checks as checks
+from tinygrad_bn.testing import batch_norm_mode_checks as modes
+from tinygrad_bn.testing.batch_norm_candidate import Candidate
+from tinygrad_bn.testing.batch_norm_reference import WIDER
+from tinygrad_bn.testing.errors import GradCheckError, Inconclusive
+from tinygrad_bn.testing.report import Report
+from tinygrad_bn.testing.search import fresh_seed, search
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of `verify_batch_norm`: what it runs, on what, and how often.
+
+    share: its part of all examples, relative to the other checks.
+    drawn: options of the strategy `verified_inputs`.
+    needs: the feature that the candidate must take for it; "" for none.
+    """
+
+    name: str
+    run: Callable[[Candidate, Any], None]
+    share: int
+    drawn: dict[str, Any] = field(default_factory=dict)
+    needs: str = ""
+
+
+_TAME = {"dtypes": ("float64",), "max_ratio": 10.0, "max_spread": 10.0}
+_SMALL = {**_TAME, "small": True}
+
+#: Cheap and telling ones first: most mistakes show in a single forward and backward pass.
+CHECKS = (
+    Check("forward", checks.forward, 20, {"training": True}),
+    Check("gradients", checks.gradients, 20, {"training": True}),
+    Check("state", checks.state, 16, {"training": True}),
+    Check("evaluation", modes.evaluation, 14, {"training": False}),
+    Check("without state", checks.without_state, 4, {"training": True}),
+    Check("constant channels", checks.constant, 16, {"degenerate": True}),
+    Check("mixed dtypes", checks.mixed_dtypes, 8, {"training": True, "dtypes": ("float16",)}),
+    Check("used twice", modes.twice, 5, {"training": True}),
+    Check("pending passes", modes.pending, 8, {**_TAME, "training": True}),
+    Check("NaN", checks.nan, 8, {**_TAME, "training": True}),
+    Check("empty batch", checks.empty, 4, {"training": True}),
+    Check("mask", modes.masks, 6, {**_TAME, "training": True}, "mask"),
+    Check("groups", modes.groups, 6, {**_TAME, "training": True}, "groups"),
+    Check("dtypes", modes.dtypes, 4, _TAME),
+    Check("purity", modes.purity, 8, _TAME),
+    Check("laws", modes.laws, 10, _TAME),
+    Check("differences", modes.differences, 8, _TAME),
+    Check("second order", modes.second_order, 14, {**_SMALL, "max_eps": 10.0}),
+    Check("layouts", modes.layouts, 6, _SMALL),
+)
+
+#: Examples of each check in the first round, so that each has its say early.
+_FIRST_ROUND = 2
+
+
+def verify_batch_norm(
+    candidate: Callable[..., Any],
+    *,
+    max_examples: int = 200,
+    seed: int | None = None,
+    shrink: bool = True,
+) -> Report:
+    """Return a report that `candidate` is a right batch norm; raise GradCheckError if it is not.
+
+    candidate: takes Tensors as `F.batch_norm` does: (x, running_mean, running_var, weight, bias,
+        training, momentum, eps, *, axis, mask, groups, correction). Which of the last four it
+        takes is read from its signature, and the others are not asked for.
+    max_examples: over all checks.
+    seed: draws the same examples again; None draws others each time.
+    shrink: look for a simpler failing input, which takes a moment.
+
+    Checked are forward and gradients against longdouble, for magnitudes, offsets and eps far apart,
+    in float64, float32 and float16; derivatives of the gradients; the running statistics; training
+    and evaluation; constant channels, NaN, empty batches; laws; side effects, aliasing, dtypes and
+    layouts; masks and ghost batches.
+
+    Raises GradCheckError whose `check` names the check that failed, `examples` says after how many
+    examples and `seed` with which seed; TypeError for a function that takes other arguments;
+    ModuleNotFoundError without Hypothesis.
+
+    >>> from tinygrad_bn import functional as F, testing
+    >>> testing.verify_batch_norm(F.batch_norm, max_examples=20, seed=0).examples
+    20
+    """
+    if max_examples < 1:
+        raise ValueError(f"verify_batch_norm: max_examples is {max_examples}, expected at least 1")
+    seed = fresh_seed(seed)
+    subject = Candidate(candidate)
+    asked = [c for c in CHECKS if not c.needs or c.needs in subject.takes]
+    tried = dict.fromkeys((c.name for c in asked), 0)
+    rejected: dict[str, str] = {}
+    for number, part in enumerate(_rounds(asked, max_examples)):
+        for check, count in part:
+            done = _run(subject, check, count, seed, number, sum(tried.values()), shrink)
+            tried[check.name] += done.tried
+            if done.rejected == done.tried:
+                rejected.setdefault(check.name, done.reason)
+            else:
+                rejected[check.name] = ""
+    for name, reason in rejected.items():
+        if reason:
+            raise _failure(subject, name, Inconclusive(reason), sum(tried.values()), seed)
+    notes = () if WIDER else ("longdouble is float64 here: the reference has no digits to spare",)
+    return Report(
+        "verify_batch_norm",
+        subject.name,
+        notes=notes,
+        examples=sum(tried.values()),
+        checks=tuple(tried.items()),
+        seed=seed,
+    )
+
+
+def _rounds(asked: list[Check], max_examples: int) -> list[list[tuple[Check, int]]]:
+    """Return how many examples each check has in the first round and in the second."""
+    total = sum(c.share for c in asked)
+    first: list[tuple[Check, int]] = []
+    second: list[tuple[Check, int]] = []
+    left, shares = max_examples, total
+    for check in asked:
+        # What is left is divided by the shares that are left, so the sum comes out right.
+        count = round(left * check.share / shares)
+        left, shares = left - count, shares - check.share
+        early = min(count, _FIRST_ROUND)
+        first += [(check, early)] * (early > 0)
+        second += [(check, count - early)] * (count > early)
+    return [first, second]
+
+
+def _run(
+    subject: Candidate, check: Check, count: int, seed: int, number: int, before: int, shrink: bool
+) -> Any:
+    from tinygrad_bn.testing.strategies.batch_norm import verified_inputs
+
+    axes = (1, -1) if "axis" in subject.takes else (1,)
+    strategy = verified_inputs(axes=axes, **check.drawn)
+    try:
+        return search(
+            partial(_tested, subject, check),
+            strategy,
+            max_examples=count,
+            # Each check has draws of its own, and the second round goes on from other ones.
+            seed=seed * 64 + 32 * number + CHECKS.index(check),
+            shrink=shrink,
+        )
+    except GradCheckError as error:
+        examples = before + (error.examples or 0)
+        raise _failure(subject, check.name, error, examples, seed) from error
+
+
+def _tested(subject: Candidate, check: Check, drawn: Any) -> None:
+    try:
+        # Overflow and NaN are among what is drawn; what comes of them is looked at.
+        with np.errstate(all="ignore"):
+            check.run(subject, drawn)
+    except GradCheckError as error:
+        if not isinstance(error, Inconclusive):
+            error.add_note(f"inputs: {drawn!r}")
+        raise
+    except Exception as error:
+        wrong = GradCheckError(f"it raised {type(error).__name__}: {error}")
+        wrong.add_note(f"inputs: {drawn!r}")
+        raise wrong from error
+
+
+def _failure(
+    subject: Candidate, name: str, error: GradCheckError, examples: int, seed: int
+) -> GradCheckError:
+    lines = [
+        f"verify_batch_norm: {subject.name}: check {name!r} failed at example {examples} "
+        f"(seed={seed})",
+        f"  {error}",
+        *(f"  {note}" for note in getattr(error, "__notes__", ()) if note.startswith("inputs:")),
+    ]
+    failure = type(error)("\n".join(lines))
+    failure.check, failure.examples, failure.seed = name, examples, seed
+    return failure
