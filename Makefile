@@ -1,7 +1,7 @@
 # Every target does its own set-up: a virtual environment in .venv, then the extras it needs.
 #
 #   PYTHON=python3.12   the interpreter to build .venv with (3.11 or newer)
-#   ARGS="..."          passed on to what `train`, `test` and `bench` run
+#   ARGS="..."          passed on to what `train`, `test`, `mutants`, `soak` and `bench` run
 #   DEVICE=cuda         trains on a GPU
 #   BENCHMARKS="..."    the scripts that `bench` runs, instead of all of them
 
@@ -11,7 +11,7 @@ STAMPS := .venv/.stamps
 BENCHMARKS ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format bench docs clean distclean
+.PHONY: help train test mutants soak lint format bench docs clean distclean
 # Two pips in one environment would trip over each other.
 .NOTPARALLEL:
 
@@ -23,6 +23,12 @@ train: $(STAMPS)/train ## train on Fashion-MNIST, e.g. make train ARGS="--recipe
 
 test: $(STAMPS)/test ## run all tests and doctests, e.g. make test ARGS="-k batch_norm"
 	$(PY) -m pytest $(ARGS)
+
+mutants: $(STAMPS)/test ## let the verification kit find planted faults; writes docs/mutants.md
+	$(PY) -m tests.mutants $(ARGS)
+
+soak: $(STAMPS)/test ## let the kit search correct code for faults, with 10,000 examples
+	$(PY) -m tests.mutants.soak $(ARGS)
 
 lint: $(STAMPS)/dev ## check style, formatting and types
 	$(PY) -m ruff check

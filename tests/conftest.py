@@ -1,29 +1,14 @@
-"""Hypothesis profiles, chosen by TINYGRAD_BN_PROFILE: dev, ci or nightly (ci where CI is set).
-
-deadline=None throughout: the first example pays for imports and caches, and a shared machine is
-slow at times; neither is a fault.
-"""
+"""The Hypothesis profile: TINYGRAD_BN_PROFILE is dev, ci or nightly; ci where CI is set."""
 
 import os
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import settings
 
 from tinygrad_bn.op import REGISTRY
+from tinygrad_bn.testing.profiles import register_profiles
 
-settings.register_profile("tinygrad_bn_dev", max_examples=20, deadline=None)
-# The same examples in every run: a change is then to blame for a new failure, not the dice.
-settings.register_profile(
-    "tinygrad_bn_ci", max_examples=25, deadline=None, derandomize=True, print_blob=True
-)
-# `explain` reruns a failing test many times, which a long run cannot afford.
-settings.register_profile(
-    "tinygrad_bn_nightly",
-    max_examples=1000,
-    deadline=None,
-    print_blob=True,
-    phases=[phase for phase in Phase if phase is not Phase.explain],
-)
+register_profiles()
 _DEFAULT = "ci" if os.environ.get("CI") else "dev"
 settings.load_profile(f"tinygrad_bn_{os.environ.get('TINYGRAD_BN_PROFILE', _DEFAULT)}")
 

@@ -40,6 +40,10 @@ CALLS = {
     "batch_norm_composite": (F.batch_norm_composite, X),
     "batch_norm_relu": (lambda x: F.batch_norm_relu(x, training=True, residual=x), X),
     "batch_renorm": (lambda x: F.batch_renorm(x, np.zeros(6), np.ones(6), training=True), X),
+    "layer_norm": (lambda x: F.layer_norm(x, 6, np.ones(6)), X),
+    "group_norm": (lambda x: F.group_norm(x, 2), IMAGES),
+    "instance_norm": (F.instance_norm, IMAGES),
+    "rms_norm": (lambda x: F.rms_norm(x, 6), X),
 }
 
 

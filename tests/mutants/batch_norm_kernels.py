@@ -10,7 +10,12 @@ import numpy as np
 
 from tests.mutants.mutant import Mutant
 from tinygrad_bn import functional as F
-from tinygrad_bn.kernels.cpu import channel_blocks, numpy_batch_norm, numpy_batch_norm_given, threads
+from tinygrad_bn.kernels.cpu import (
+    channel_blocks,
+    numpy_batch_norm,
+    numpy_batch_norm_given,
+    threads,
+)
 from tinygrad_bn.kernels.cpu.channel_blocks import Blocks
 
 _SMALL = (
@@ -40,15 +45,11 @@ def small_blocks():
     return replaced(*_SMALL)
 
 
-def batch_norm(*args, **options):
-    return F.batch_norm(*args, **options)
-
-
 def mutant(name, owner, attribute, change):
     """Return a mutant: `change` takes the right function and returns the wrong one."""
     wrong = change(getattr(owner, attribute))
     planted = (*_SMALL, (owner, attribute, wrong))
-    return Mutant(f"kernel: {name}", batch_norm, lambda: replaced(*planted))
+    return Mutant(f"kernel: {name}", F.batch_norm, lambda: replaced(*planted))
 
 
 # --- changes -------------------------------------------------------------------------------------
@@ -107,12 +108,12 @@ def shift_of_the_first_channel(shift):
     return call
 
 
-def swapped_grouping(spread):
+def channel_after_channel(spread):
+    """Take each channel's values in a row of several periods to lie together."""
+
     def call(blocks, vector, left, right):
         if left == 0 and right % blocks.period == 0:
-            return np.repeat(np.tile(vector, right // blocks.period), blocks.run)[::-1][::-1] if (
-                blocks.run == 1
-            ) else np.tile(np.tile(vector, blocks.run), right // blocks.period)
+            return np.repeat(vector, right // blocks.channels)
         return spread(blocks, vector, left, right)
 
     return call
@@ -222,7 +223,7 @@ KERNELS = [
     mutant("sums of the last block alone", Blocks, "fold", overwriting),
     mutant("sums of the first thread alone", Blocks, "share_out", first_thread_alone),
     mutant("sums folded along the wrong axis", Blocks, "fold", folding_the_wrong_axis),
-    mutant("values spread in the wrong order over rows", Blocks, "spread", swapped_grouping),
+    mutant("values spread in the wrong order over rows", Blocks, "spread", channel_after_channel),
     mutant("values spread without regard to the cut", Blocks, "spread", ignoring_the_cut),
     mutant("shift not added back to the mean", _K, "_statistics", shift_not_added_back),
     mutant("offset from the shift left in the variance", _K, "_statistics", offset_forgotten),

@@ -4,8 +4,6 @@ Right is, in training only and in place: r ← (1 - momentum) r + momentum · st
 variance times m / (m - correction).
 """
 
-import numpy as np
-
 from tests.mutants.mutant import batch_norm_mutant as mutant
 from tests.mutants.textbook import raw, write
 from tinygrad_bn.tape import TensorBase

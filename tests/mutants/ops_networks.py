@@ -11,7 +11,8 @@ from tinygrad_bn.ops.elementwise import exp
 from tinygrad_bn.ops.linalg import matmul
 from tinygrad_bn.ops.loss import log_softmax
 from tinygrad_bn.ops.pooling import avg_pool2d_input_grad, scatter_windows
-from tinygrad_bn.ops.reduction import kept_shape, sum as sum_
+from tinygrad_bn.ops.reduction import kept_shape
+from tinygrad_bn.ops.reduction import sum as sum_
 
 _RIGHT_CONV = REGISTRY["conv2d"].forward
 _RIGHT_MAX_POOL = REGISTRY["max_pool2d"].forward
@@ -145,8 +146,8 @@ NETWORKS = [
     mutant("conv2d", "groups dealt out in turn", forward=conv_of(channels_not_grouped)),
     mutant("conv2d", "bias gradient averaged", bias=lambda g, layout: sum_(
         g, axis=(0, 1, 2) if layout == "NHWC" else (0, 2, 3)) / g.shape[0]),
-    mutant("conv2d", "bias gradient summed for NCHW always", bias=lambda g, x_shape, weight: (
-        sum_(g, axis=(0, 2, 3)) if g.shape[1] == weight.shape[0] else sum_(g, axis=(0, 1, 2)))),
+    mutant("conv2d", "bias gradient summed for NCHW always", bias=lambda g: sum_(
+        g, axis=(0, 2, 3))),
     mutant("conv2d", "weight frozen (second order)", x=lambda g, weight, view: conv2d_input_grad(
         g, detached(weight), view=view)),
     mutant("conv2d_input_grad", "y frozen (second order)", weight=lambda g, y, view: (

@@ -1,6 +1,6 @@
 """Reductions, ops that move entries, and indexing, with a fault in forward or rule."""
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def split_off_by_one(g, arrays_shape, axis):
     ends = list(accumulate(shape[axis] for shape in arrays_shape))
     before = (slice(None),) * axis
     first = g[(*before, slice(0, ends[0]))]
-    rest = zip(ends, ends[1:], strict=False)
+    rest = pairwise(ends)
     return (first, *(g[(*before, slice(i - 1, j - 1))] for i, j in rest))
 
 

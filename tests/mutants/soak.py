@@ -1,7 +1,7 @@
 """Ten thousand examples of everything that is right: the kit must not find a single fault.
 
-    python -m tests.mutants.soak
-    python -m tests.mutants.soak --examples 1000 --seed 7
+python -m tests.mutants.soak
+python -m tests.mutants.soak --examples 1000 --seed 7
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 import time
 
 import tinygrad_bn.functional as F
-from tests.mutants.batch_norm_kernels import batch_norm, small_blocks
+from tests.mutants.batch_norm_kernels import small_blocks
 from tests.mutants.textbook import textbook
 from tests.mutants.verdicts import EXAMPLES, verify_op
 from tinygrad_bn import testing
@@ -46,7 +46,7 @@ def _batch_norms(runs: range) -> list[str]:
         try:
             testing.verify_batch_norm(textbook(), max_examples=EXAMPLES, seed=run)
             with small_blocks():
-                testing.verify_batch_norm(batch_norm, max_examples=EXAMPLES, seed=run)
+                testing.verify_batch_norm(F.batch_norm, max_examples=EXAMPLES, seed=run)
         except testing.GradCheckError as error:
             failures.append(str(error))
     _tell("textbook, and kernels in small blocks", 2 * len(few) * EXAMPLES, start)

@@ -117,9 +117,7 @@ def textbook(*, forward=(), rule=(), given=(), given_rule=(), state=(), both=())
     """
     batch_formulas = BATCH | dict(both) | dict(forward)
     by_batch = _batch_op(batch_formulas, BATCH | dict(both) | dict(rule))
-    by_given = _given_op(
-        GIVEN | dict(both) | dict(given), GIVEN | dict(both) | dict(given_rule)
-    )
+    by_given = _given_op(GIVEN | dict(both) | dict(given), GIVEN | dict(both) | dict(given_rule))
     state = STATE | dict(state)
 
     def batch_norm(

@@ -9,7 +9,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 from tests.mutants import batch_norm, ops
+from tests.mutants.batch_norm_kernels import small_blocks
 from tests.mutants.mutant import Mutant, OpMutant
+from tests.mutants.textbook import textbook
+from tinygrad_bn import functional as F
 from tinygrad_bn import testing
 from tinygrad_bn.op import REGISTRY
 from tinygrad_bn.testing.strategies import op_inputs
@@ -18,6 +21,13 @@ from tinygrad_bn.testing.strategies import op_inputs
 EXAMPLES = 200
 
 FAMILIES: dict[str, Sequence[Mutant]] = {"batch norm": batch_norm.MUTANTS, "ops": ops.MUTANTS}
+
+#: What is right, and what the batch norm mutants are made of. A kit that objects to these with some
+#: seed would "kill" every mutant with it.
+CONTROLS = (
+    Mutant("the textbook", textbook()),
+    Mutant("the kernels in small blocks", F.batch_norm, small_blocks),
+)
 
 
 @dataclass(frozen=True)
@@ -49,16 +59,21 @@ def verdict(mutant: Mutant, seed: int, max_examples: int = EXAMPLES) -> Verdict:
 
 
 def verify_op(candidate, name: str, max_examples: int, seed: int) -> testing.Report:
-    """Verify an op, right or wrong, on inputs from the domain of the library's op of that name."""
-    reference = None if candidate is REGISTRY[name] else REGISTRY[name]
+    """Verify an op, right or wrong, against the library's op of that name, in its domain."""
     return testing.verify(
         candidate,
         op_inputs(candidate),
-        reference=reference,
+        reference=REGISTRY[name],
         max_examples=max_examples,
         seed=seed,
         shrink=False,
     )
+
+
+def false_alarms(seeds: Iterable[int]) -> list[Verdict]:
+    """Return the verdicts against right batch norms; there should be none."""
+    found = [verdict(control, seed) for seed in seeds for control in CONTROLS]
+    return [v for v in found if v.check]
 
 
 def verdicts(family: str, seeds: Iterable[int]) -> list[Verdict]:

@@ -198,9 +198,11 @@ def test_a_wrong_input_is_named_and_leaves_no_trace(bn, shape, words):
     assert bn.running_mean.tolist() == [0, 0, 0]
 
 
-def test_integers_are_refused():
-    with pytest.raises(TypeError, match="int64"):
+def test_integers_and_lists_are_refused():
+    with pytest.raises(TypeError, match="BatchNorm1d: x is int64"):
         nn.BatchNorm1d(3)(np.ones((4, 3), int))
+    with pytest.raises(TypeError, match="BatchNorm: x is a list"):
+        nn.BatchNorm(3)([[1.0, 2.0, 3.0]])
 
 
 @pytest.mark.parametrize(

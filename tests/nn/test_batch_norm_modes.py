@@ -205,6 +205,14 @@ def test_the_state_of_a_lazy_layer_is_empty_and_round_trips():
         nn.BatchNorm1d(3).load_state_dict(first.state_dict())
 
 
+def test_a_lazy_layer_is_saved_and_loaded(tmp_path):
+    for features in (None, 3):
+        nn.save(nn.BatchNorm1d(features), tmp_path / "bn.safetensors")
+        bn = nn.BatchNorm1d(None)
+        bn.load_state_dict(nn.load(tmp_path / "bn.safetensors"))
+        assert bn.num_features == features
+
+
 def test_a_lazy_layer_keeps_device_and_dtype(strict_gpu):  # noqa: F811
     bn = nn.BatchNorm1d(None).to("cuda").astype("float64")
     bn(tg.Tensor(draw((6, 3))).to("cuda"))

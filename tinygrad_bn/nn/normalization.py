@@ -202,6 +202,8 @@ class InstanceNorm(PerChannel):
     (2, 8, 8, 3)
     """
 
+    any_rank = "nn.InstanceNorm"
+
     def __init__(
         self,
         num_features: int | None,

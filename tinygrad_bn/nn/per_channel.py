@@ -10,7 +10,7 @@ from typing import Any
 from tinygrad_bn import backend, creation
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.nn.parameter import Parameter
-from tinygrad_bn.normalization import BatchStatistics, kept_axes
+from tinygrad_bn.normalization import BatchStatistics, check_floating, kept_axes
 from tinygrad_bn.tensor import Tensor
 
 Axis = int | tuple[int, ...]
@@ -34,6 +34,8 @@ class PerChannel(Module):
 
     #: The ranks of x that are accepted; None accepts any that has a channel and another axis.
     ranks: tuple[int, ...] | None = None
+    #: The layer that accepts them all.
+    any_rank = "nn.BatchNorm"
 
     weight: Parameter | None
     bias: Parameter | None
@@ -152,11 +154,12 @@ class PerChannel(Module):
     def _check(self, x: Any) -> None:
         """Raise ValueError unless x has the rank and the channels; take the channels from a first x
         where they were left open."""
+        check_floating(self._name, x)
         if self.ranks is not None and x.ndim not in self.ranks:
             expected = " or ".join(map(str, self.ranks))
             raise ValueError(
                 f"{self._name}: x has shape {tuple(x.shape)}, expected {expected} dimensions; for "
-                f"other ranks use nn.BatchNorm"
+                f"other ranks use {self.any_rank}"
             )
         if self.num_features is None:
             kept = kept_axes(self._name, x, self.axis)

@@ -1,6 +1,7 @@
 """Is a derivative right? Checkers with derived tolerances, and Hypothesis strategies for inputs.
 
-`testing.strategies` needs Hypothesis (`pip install 'tinygrad_bn[test]'`); the checkers do not.
+`testing.strategies` and `testing.machines` need Hypothesis (`pip install 'tinygrad_bn[test]'`); the
+checkers do not.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from tinygrad_bn.testing.agreement import check_backends, check_layouts, check_r
 from tinygrad_bn.testing.batch_norm_verification import verify_batch_norm
 from tinygrad_bn.testing.errors import BlindCheckWarning, GradCheckError, Inconclusive
 from tinygrad_bn.testing.gradients import check_double_grad, check_grad
+from tinygrad_bn.testing.graphs import Graph, check_graph
 from tinygrad_bn.testing.invariants import check_dtypes, check_pure
 from tinygrad_bn.testing.laws import Law, assert_law
+from tinygrad_bn.testing.reference import check_reference
 from tinygrad_bn.testing.report import Comparison, Report, Tolerance
+from tinygrad_bn.testing.verification import verify
 
 __all__ = [
     "BlindCheckWarning",
     "Comparison",
     "GradCheckError",
+    "Graph",
     "Inconclusive",
     "Law",
     "Report",
@@ -29,15 +34,18 @@ __all__ = [
     "check_double_grad",
     "check_dtypes",
     "check_grad",
+    "check_graph",
     "check_layouts",
     "check_pure",
     "check_raw",
+    "check_reference",
+    "verify",
     "verify_batch_norm",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # Imported at first use: Hypothesis is an extra, and takes longer to import than all the rest.
-    if name == "strategies":
-        return importlib.import_module("tinygrad_bn.testing.strategies")
+    if name in ("machines", "strategies"):
+        return importlib.import_module(f"tinygrad_bn.testing.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from tinygrad_bn import backend
-from tinygrad_bn.backend import kernels
+from tinygrad_bn.backend import cuda, kernels
 from tinygrad_bn.tensor import Tensor
 
 
 @dataclass(frozen=True)
-class TestedOn:
+class RunsOn:
     """Where a test runs; what the fixture `tg_backend` gives.
 
     device: "cpu" or "cuda". family: the kernels that serve ops, "generic" for none.
 
-    >>> TestedOn("cpu", "generic").tensor([1.0, 2.0]).device
+    >>> RunsOn("cpu", "generic").tensor([1.0, 2.0]).device
     'cpu'
     """
 
@@ -46,7 +45,7 @@ class TestedOn:
             yield
 
 
-def available() -> list[TestedOn]:
+def available() -> list[RunsOn]:
     """Return the CPU with every kernel family that can be used, and a GPU whether or not there.
 
     >>> [on.name for on in available()][:2]
@@ -55,15 +54,11 @@ def available() -> list[TestedOn]:
     families = ["generic", *(f for f in kernels.CHOICES if f not in ("generic", "cuda"))]
     usable = [f for f in families if f == "generic" or kernels.unusable_because(f) is None]
     return [
-        *(TestedOn("cpu", family) for family in usable),
-        *(TestedOn("cuda", family) for family in ("generic", "cuda")),
+        *(RunsOn("cpu", family) for family in usable),
+        *(RunsOn("cuda", family) for family in ("generic", "cuda")),
     ]
 
 
 def no_gpu_because() -> str | None:
     """Return why no GPU can be used, or None if one can."""
-    if backend.cuda_is_available():
-        return None
-    if importlib.util.find_spec("cupy") is None:
-        return "the package cupy is not installed (pip install 'tinygrad_bn[cuda13]')"
-    return "CuPy finds no CUDA device"
+    return cuda.unavailable_because()

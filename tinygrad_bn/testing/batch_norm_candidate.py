@@ -96,7 +96,8 @@ class Pass:
         self.drawn = drawn
         arrays = (drawn.x, drawn.weight, drawn.bias)
         self.inputs = [
-            None if a is None else Tensor(a.copy(order="K"), requires_grad=need)
+            # Laid out as it came: the copy of a view with gaps or turned round would have neither.
+            None if a is None else Tensor(_copied(a), requires_grad=need)
             for a, need in zip(arrays, needs, strict=True)
         ]
         state: Any = None
@@ -121,7 +122,7 @@ class Pass:
         if not self.output.requires_grad:
             raise GradCheckError(f"the result does not depend on {', '.join(wanted)} for the tape")
         g = self.drawn.cotangent if cotangent is None else cotangent
-        found = grad(self.output, list(wanted.values()), g.copy(), allow_unused=True)
+        found = grad(self.output, list(wanted.values()), _copied(g), allow_unused=True)
         result = {}
         for (name, tensor), gradient in zip(wanted.items(), found, strict=True):
             if gradient is None:
@@ -133,6 +134,11 @@ class Pass:
                 )
             result[name] = gradient.numpy()
         return result
+
+
+def _copied(array: np.ndarray) -> np.ndarray:
+    """Return a copy of an array, or a large one in an unusual layout itself."""
+    return array if array.size >= 4096 and not array.flags.c_contiguous else array.copy()
 
 
 def plain_function(

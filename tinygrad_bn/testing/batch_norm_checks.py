@@ -22,6 +22,10 @@ from tinygrad_bn.testing.batch_norm_reference import (
     statistic_excess,
 )
 from tinygrad_bn.testing.errors import GradCheckError
+from tinygrad_bn.testing.layouts import LAYOUTS
+
+#: The layouts up to here hold the same values.
+_KEEPING = sum(layout.keeps_values for layout in LAYOUTS)
 
 NAMES = {
     "y": "the output",
@@ -55,9 +59,10 @@ def forward(candidate: Candidate, d: Any) -> None:
 
 def gradients(candidate: Candidate, d: Any) -> None:
     """The gradients of x, weight and bias in training, whichever of them are asked for."""
-    needs = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
     # All together mostly; a rule may also be asked for one alone.
-    chosen = needs[d.x.size % 7 if d.x.size % 7 < 4 and d.weight is not None else 0]
+    alone = {0: (True, False, False), 1: (False, True, False), 2: (False, False, True)}
+    every = (True, True, True)
+    chosen = every if d.weight is None else alone.get(d.x.size % 7, every)
     require(want(d), **Pass(candidate, d, needs=chosen).gradients())
 
 
@@ -193,6 +198,13 @@ def empty(candidate: Candidate, d: Any) -> None:
     for name, after in zip(("running_mean", "running_var"), done.state, strict=True):
         if not np.array_equal(after, getattr(d, name)):
             raise GradCheckError(f"an empty batch moved {name} to {after.tolist()}")
+
+
+def large(candidate: Candidate, d: Any) -> None:
+    """Thousands of values, in some layout: what fused kernels serve."""
+    layout = LAYOUTS[int(np.abs(d.cotangent.flat[0]) * 1024) % _KEEPING]
+    # The layout is of the array that a Tensor wraps; the reference does not mind it.
+    state(candidate, replace(d, x=layout(d.x), cotangent=layout(d.cotangent)))
 
 
 def mixed_dtypes(candidate: Candidate, d: Any) -> None:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from tinygrad_bn.testing import batch_norm_checks as checks
 from tinygrad_bn.testing import batch_norm_mode_checks as modes
 from tinygrad_bn.testing.batch_norm_candidate import Candidate
@@ -16,6 +14,9 @@ from tinygrad_bn.testing.batch_norm_reference import WIDER
 from tinygrad_bn.testing.errors import GradCheckError, Inconclusive
 from tinygrad_bn.testing.report import Report
 from tinygrad_bn.testing.search import fresh_seed, search
+from tinygrad_bn.testing.verification import failure, tested
+
+BY = "verify_batch_norm"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ CHECKS = (
     Check("without state", checks.without_state, 4, {"training": True}),
     Check("constant channels", checks.constant, 16, {"degenerate": True}),
     Check("mixed dtypes", checks.mixed_dtypes, 8, {"training": True, "dtypes": ("float16",)}),
+    Check("large batches", checks.large, 8, {"training": True, "large": True}),
     Check("used twice", modes.twice, 5, {"training": True}),
     Check("pending passes", modes.pending, 8, {**_TAME, "training": True}),
     Check("NaN", checks.nan, 8, {**_TAME, "training": True}),
@@ -61,7 +63,7 @@ CHECKS = (
 )
 
 #: Examples of each check in the first round, so that each has its say early.
-_FIRST_ROUND = 2
+_FIRST_ROUND = 3
 
 
 def verify_batch_norm(
@@ -110,10 +112,11 @@ def verify_batch_norm(
                 rejected[check.name] = ""
     for name, reason in rejected.items():
         if reason:
-            raise _failure(subject, name, Inconclusive(reason), sum(tried.values()), seed)
+            unseen = Inconclusive(f"every input was rejected, so nothing was checked. The last: {reason}")
+            raise failure(BY, subject.name, name, unseen, sum(tried.values()), seed)
     notes = () if WIDER else ("longdouble is float64 here: the reference has no digits to spare",)
     return Report(
-        "verify_batch_norm",
+        BY,
         subject.name,
         notes=notes,
         examples=sum(tried.values()),
@@ -147,42 +150,13 @@ def _run(
     strategy = verified_inputs(axes=axes, **check.drawn)
     try:
         return search(
-            partial(_tested, subject, check),
+            partial(tested, partial(check.run, subject)),
             strategy,
             max_examples=count,
             # Each check has draws of its own, and the second round goes on from other ones.
-            seed=seed * 64 + 32 * number + CHECKS.index(check),
+            seed=seed * 256 + 128 * number + CHECKS.index(check),
             shrink=shrink,
         )
     except GradCheckError as error:
         examples = before + (error.examples or 0)
-        raise _failure(subject, check.name, error, examples, seed) from error
-
-
-def _tested(subject: Candidate, check: Check, drawn: Any) -> None:
-    try:
-        # Overflow and NaN are among what is drawn; what comes of them is looked at.
-        with np.errstate(all="ignore"):
-            check.run(subject, drawn)
-    except GradCheckError as error:
-        if not isinstance(error, Inconclusive):
-            error.add_note(f"inputs: {drawn!r}")
-        raise
-    except Exception as error:
-        wrong = GradCheckError(f"it raised {type(error).__name__}: {error}")
-        wrong.add_note(f"inputs: {drawn!r}")
-        raise wrong from error
-
-
-def _failure(
-    subject: Candidate, name: str, error: GradCheckError, examples: int, seed: int
-) -> GradCheckError:
-    lines = [
-        f"verify_batch_norm: {subject.name}: check {name!r} failed at example {examples} "
-        f"(seed={seed})",
-        f"  {error}",
-        *(f"  {note}" for note in getattr(error, "__notes__", ()) if note.startswith("inputs:")),
-    ]
-    failure = type(error)("\n".join(lines))
-    failure.check, failure.examples, failure.seed = name, examples, seed
-    return failure
+        raise failure(BY, subject.name, check.name, error, examples, seed) from error

@@ -1,8 +1,8 @@
 """The pytest plugin: fixture `tg_backend`, marker `gpu`, option `--require-gpu`, profiles.
 
 It is loaded in every project of an environment that has tinygrad_bn, so it does nothing there by
-itself: it imports pytest alone (backends when a test asks for one, Hypothesis never), leaves a `gpu`
-marker alone that a project declares as its own, and loads no profile.
+itself: it imports pytest alone (backends when a test asks for one, Hypothesis never), leaves alone
+a marker `gpu` that a project declares as its own, and loads no profile.
 
     pytest -p tinygrad_bn.testing.pytest_plugin     where the package is not installed
 """
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from tinygrad_bn.testing.backends import TestedOn
+    from tinygrad_bn.testing.backends import RunsOn
 
 _MARKER = "gpu: needs a CUDA device and CuPy (tinygrad_bn); skipped with the reason without them"
 
@@ -49,15 +49,30 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test marked gpu where there is none, or fail it under `--require-gpu`."""
-    if item.get_closest_marker("gpu") is None or _is_someone_elses(item.config):
-        return
-    backends = importlib.import_module("tinygrad_bn.testing.backends")
-    reason = backends.no_gpu_because()
+    if item.get_closest_marker("gpu") is not None and not _is_someone_elses(item.config):
+        _need_gpu(item.config)
+
+
+def _need_gpu(config: pytest.Config) -> None:
+    reason = importlib.import_module("tinygrad_bn.testing.backends").no_gpu_because()
     if reason is None:
         return
-    if item.config.getoption("require_gpu", False):
-        pytest.fail(f"--require-gpu: {reason}", pytrace=False)
+    if config.getoption("require_gpu", False):
+        raise _NoGpu(f"--require-gpu: {reason}", pytrace=False)
     pytest.skip(f"needs a GPU: {reason}")
+
+
+class _NoGpu(pytest.fail.Exception):
+    """The failure of a test that needs a GPU, under `--require-gpu`."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Report the want of a GPU as a failure of the test, not as an error of its set-up."""
+    report = yield
+    if call.excinfo is not None and isinstance(call.excinfo.value, _NoGpu):
+        report.when = "call"
+    return report
 
 
 def _is_someone_elses(config: pytest.Config) -> bool:
@@ -73,10 +88,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes `tg_backend` once for each backend and kernel family."""
     if "tg_backend" not in metafunc.fixturenames:
         return
-    if any("tg_backend" in str(m.args[:1]) for m in metafunc.definition.iter_markers("parametrize")):
+    if any(
+        "tg_backend" in str(m.args[:1]) for m in metafunc.definition.iter_markers("parametrize")
+    ):
         return  # the test says itself on which
     backends = importlib.import_module("tinygrad_bn.testing.backends")
-    choices: Sequence[TestedOn] = backends.available()
+    choices: Sequence[RunsOn] = backends.available()
     metafunc.parametrize(
         "tg_backend",
         [
@@ -88,12 +105,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def tg_backend(request: pytest.FixtureRequest) -> Iterator[TestedOn]:
-    """A backend: `device`, kernel `family` and `array(...)`; both are in force during the test.
+def tg_backend(request: pytest.FixtureRequest) -> Iterator[RunsOn]:
+    """Return a backend: its `device`, kernel `family`, `array` and `tensor`.
 
-    A test that takes it runs on the CPU with each kernel family that can be used, and on a GPU
-    (marked `gpu`, so skipped with the reason where there is none).
+    During the test, device and family are in force. A test that takes it runs on the CPU with each
+    kernel family that can be used, and on a GPU (marked `gpu`, so skipped with the reason where
+    there is none).
     """
+    if request.param.device == "cuda":
+        _need_gpu(request.config)
     with request.param.in_force():
         yield request.param
 
@@ -106,7 +126,7 @@ def _when_imported(name: str, module: str, function: str) -> None:
 
     Importing Hypothesis takes as long as starting pytest, and most projects do without.
     """
-    if name in sys.modules:
+    if sys.modules.get(name) is not None:
         getattr(importlib.import_module(module), function)()
     elif not any(isinstance(f, _Watcher) and f.name == name for f in sys.meta_path):
         sys.meta_path.insert(0, _Watcher(name, module, function))

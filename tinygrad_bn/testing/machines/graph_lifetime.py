@@ -22,7 +22,6 @@ Slopes = dict[int, tuple[Array, Array]]
 
 _SIZE = 3
 _PICK = st.integers(0, 9)  # 0 is the newest value
-_UNRECORDED = ("no_grad", "no_grad, [:]")
 #: Values stay below this, so that errors do not grow without bound.
 _MAX_VALUE = 4.0
 
@@ -93,48 +92,44 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
         "sin": (sin, lambda a: (np.cos(a),)),
     }
 
-    @initialize()
-    def start(self) -> None:
-        """Make a leaf and a constant."""
+    @initialize(seed=st.integers(0, 2**16))
+    def start(self, seed: int) -> None:
+        """Make two leaves and a constant."""
         self.values: list[_Value] = []
         self.stale: list[_Value] = []
         self.leaves: list[_Value] = []
         self.grads: Slopes = {}
         self.given: list[tuple[Any, Array]] = []  # cotangents, and what they must still be
-        self.make_leaf(1)
-        self._add(Tensor(np.array([0.5, -1.0, 2.0])), {}, None)
+        rng = np.random.default_rng(seed)
+        constant, *leaves = np.round(rng.uniform(-1.5, 1.5, (3, _SIZE)), 2)
+        self._add(Tensor(constant), {}, None)
+        for leaf, array in enumerate(leaves):
+            slopes = {leaf: (np.ones(_SIZE), np.ones(_SIZE))}
+            value = self._add(Tensor(array.copy(), requires_grad=True), slopes, None)
+            value.leaf = leaf
+            self.leaves.append(value)
 
     # --- making values ---------------------------------------------------------------------------
 
-    @precondition(lambda self: len(self.leaves) < 4)
-    @rule(seed=st.integers(0, 2**16))
-    def make_leaf(self, seed: int) -> None:
-        """Make a Tensor that requires grad."""
-        array = np.round(np.random.default_rng(seed).uniform(-1.5, 1.5, _SIZE), 2)
-        leaf = len(self.leaves)
-        slopes = {leaf: (np.ones(_SIZE), np.ones(_SIZE))}
-        value = self._add(Tensor(array, requires_grad=True), slopes, None)
-        value.leaf = leaf
-        self.leaves.append(value)
-
     @rule(op=st.integers(0, 63), first=_PICK, second=_PICK)
     def apply(self, op: int, first: int, second: int) -> None:
-        """Apply one of the ops to any values."""
-        function, partials = self.ops[sorted(self.ops)[op % len(self.ops)]]
+        """Apply one of the ops to any values, or take a view of one."""
+        name = [*sorted(self.ops), "view"][op % (len(self.ops) + 1)]
+        if name == "view":
+            return self._take_view(self._pick(first))
+        function, partials = self.ops[name]
         inputs = [self._pick(first), self._pick(second)][: len(signature(partials).parameters)]
         arrays = [v.memory.values.copy() for v in inputs]
         result = function(*[v.tensor for v in inputs])
         if np.abs(result.numpy()).max() > _MAX_VALUE:
-            return
+            return None
         slopes = _chained(inputs, partials(*arrays))
         made = self._add(result, slopes, self._node(inputs, [v.memory for v in inputs]))
         if made.node is not None:
             made.node.kept.append((made.memory, 0))
+        return None
 
-    @rule(pick=_PICK)
-    def take_view(self, pick: int) -> None:
-        """Take a view: another Tensor of the same memory."""
-        base = self._pick(pick)
+    def _take_view(self, base: _Value) -> None:
         view = self._add(base.tensor[:], dict(base.slopes), self._node([base], []))
         view.memory, view.is_view = base.memory, True
 
@@ -183,29 +178,24 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
         for n in nodes:
             n.freed = not retain
 
-    @rule(pick=_PICK)
-    def zero_grad(self, pick: int) -> None:
-        """Set the `.grad` of a leaf to None."""
-        leaf = pick % len(self.leaves)
-        self.leaves[leaf].tensor.grad = None
-        self.grads.pop(leaf, None)
-
     @precondition(lambda self: self.grads)
-    @rule(pick=_PICK)
-    def overwrite_grad(self, pick: int) -> None:
-        """Write into the `.grad` of a leaf, which must own its memory."""
+    @rule(pick=_PICK, to_none=st.booleans())
+    def change_grad(self, pick: int, to_none: bool) -> None:
+        """Set the `.grad` of a leaf to None, or write into it: it must own its memory."""
         leaf = sorted(self.grads)[pick % len(self.grads)]
-        self.leaves[leaf].tensor.grad[...] = 0.25
-        self.grads[leaf] = np.full(_SIZE, 0.25), np.full(_SIZE, 0.25)
+        if to_none:
+            self.leaves[leaf].tensor.grad = None
+            del self.grads[leaf]
+        else:
+            self.leaves[leaf].tensor.grad[...] = 0.25
+            self.grads[leaf] = np.full(_SIZE, 0.25), np.full(_SIZE, 0.25)
 
     # --- writes ----------------------------------------------------------------------------------
 
-    @rule(into=_PICK, source=_PICK, how=st.sampled_from(["+=", "*=", "[1:] =", *_UNRECORDED]))
+    @rule(into=_PICK, source=_PICK, how=st.sampled_from(["+=", "*=", "[1:] ="]))
     def write(self, into: int, source: int, how: str) -> None:
-        """Write into a Tensor in place, recorded if either requires grad, or under no_grad."""
+        """Write into a Tensor in place, which is recorded if either requires grad."""
         t, s = self._pick(into), self._pick(source)
-        if how in _UNRECORDED:
-            return self._write_unrecorded(t, through_a_view=how == "no_grad, [:]")
         if how == "[1:] =" and s.memory is t.memory:
             return
         before, other = t.memory.values.copy(), s.memory.values.copy()
@@ -241,6 +231,19 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
             twins = [v for v in self.values if v.memory is t.memory and v is not t]
             self.stale += twins
             self.values = [v for v in self.values if not any(v is w for w in twins)]
+
+    @rule(into=_PICK, through_a_view=st.booleans(), then=_PICK)
+    def write_unrecorded(self, into: int, through_a_view: bool, then: int) -> None:
+        """Write under no_grad, as an optimizer does, and run a pass that may need the old values."""
+        t = self._pick(into)
+        with no_grad():
+            target = t.tensor[:] if through_a_view else t.tensor
+            target[...] = 0.75
+        t.memory.values[:] = 0.75
+        t.memory.writes += 1
+        made = [v for v in self.values if v.node is not None]
+        if made:
+            self._backward(made[-1 - then % len(made)], True)
 
     @precondition(lambda self: self.stale)
     @rule(pick=_PICK)
@@ -281,14 +284,6 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
                     )
 
     # --- inside ----------------------------------------------------------------------------------
-
-    def _write_unrecorded(self, t: _Value, through_a_view: bool) -> None:
-        """Write under no_grad, as an optimizer does: a pending pass may need the old values."""
-        with no_grad():
-            view = t.tensor[:] if through_a_view else t.tensor
-            view[...] = 0.75
-        t.memory.values[:] = 0.75
-        t.memory.writes += 1
 
     def _pick(self, pick: int) -> _Value:
         return self.values[-1 - pick % len(self.values)]

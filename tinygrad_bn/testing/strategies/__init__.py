@@ -27,6 +27,7 @@ from tinygrad_bn.testing.strategies.batch_norm import (
     batch_norm_inputs,
     degenerate_batch_norm_inputs,
 )
+from tinygrad_bn.testing.strategies.op_graphs import graphs
 from tinygrad_bn.testing.strategies.op_inputs import OpInputs, op_inputs
 from tinygrad_bn.testing.strategies.shapes import axes, broadcastable_shapes, layouts, shapes
 
@@ -42,6 +43,7 @@ __all__ = [
     "distinct_arrays",
     "dtypes",
     "float_arrays",
+    "graphs",
     "layouts",
     "op_inputs",
     "shapes",

@@ -148,13 +148,23 @@ def degenerate_batch_norm_inputs(
         kind != "few values",
     )
     x, cotangent = drawn.x.copy(), drawn.cotangent.copy()
+    # Not round in binary: the mean of equal values then needs care to be exact.
+    constants = offset * rng.uniform(0.5, 1.0, drawn.channels).reshape((-1,) + (1,) * (x.ndim - 1))
     if kind == "constant channel":
-        np.moveaxis(x, axis, 0)[0] = offset
+        np.moveaxis(x, axis, 0)[:1] = constants[:1]
     elif kind == "constant x":
-        x[...] = offset
+        np.moveaxis(x, axis, 0)[...] = constants
     elif kind == "cotangent":
         cotangent[...] = draw(st.sampled_from([0.0, 1.0]))
     return replace(drawn, x=x, cotangent=cotangent)
+
+
+#: Shapes of thousands of values: small batches are below what fused kernels take, and their sums
+#: too short for a narrow accumulator to show.
+_LARGE = {
+    1: ((16, 3, 12, 12), (24, 2, 10, 10), (6000, 1), (3000, 2), (8, 4, 6, 6, 4), (2, 3, 1000)),
+    -1: ((16, 12, 12, 3), (2500, 2), (2, 1000, 3), (8, 6, 6, 4, 4)),
+}
 
 
 @st.composite
@@ -164,17 +174,22 @@ def verified_inputs(
     axes: tuple[int, ...] = (1, -1),
     dtypes: tuple[str, ...] = ("float64", "float32", "float16"),
     degenerate: bool = False,
+    large: bool = False,
     **options: Any,
 ) -> BatchNormInputs:
     """Return a strategy for what `verify_batch_norm` tries: any of `axes` and `dtypes`.
 
-    degenerate: of `degenerate_batch_norm_inputs` instead. options: of `batch_norm_inputs`.
+    degenerate: of `degenerate_batch_norm_inputs` instead. large: batches that fused kernels serve.
+    options: of `batch_norm_inputs`.
     """
     axis = draw(st.sampled_from(axes))
     if degenerate:
         dtype = draw(st.sampled_from(("float64", "float32")))
         return draw(degenerate_batch_norm_inputs(axis=axis, dtype=dtype))
     dtype = draw(st.sampled_from(dtypes))
+    if large:
+        shape = draw(st.sampled_from(_LARGE[axis]))
+        options = {**options, "shape": shape}
     if dtype == "float16":
         # Within the range of the dtype, eps too, which is added to a running variance in it; the
         # squares of x are not, as statistics in it find out.
