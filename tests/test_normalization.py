@@ -138,3 +138,18 @@ def test_a_wrong_momentum_leaves_the_statistics_alone():
 def test_one_value_per_channel_is_allowed_in_evaluation_and_with_spatial_axes():
     assert F.batch_norm(draw((1, 3)), np.zeros(3), np.ones(3)).shape == (1, 3)
     assert F.batch_norm(draw((1, 3, 2)), training=True).shape == (1, 3, 2)
+
+
+def test_evaluation_with_float32_statistics_is_computed_in_the_wide_dtype_of_x():
+    x = draw((6, 3))
+    mean, var = (draw(3, seed) ** 2 for seed in (1, 2))
+    narrow = [v.astype(np.float32) for v in (mean, var)]
+    wide = [v.astype(np.float64) for v in narrow]
+    t = tg.Tensor(x, requires_grad=True)
+    y = F.batch_norm(t, *narrow)
+    y.backward(draw((6, 3), 3))
+    expected = (x - wide[0]) / np.sqrt(wide[1] + 1e-5)
+    np.testing.assert_allclose(y.numpy(), expected, rtol=1e-14)
+    np.testing.assert_allclose(
+        t.grad.numpy(), draw((6, 3), 3) / np.sqrt(wide[1] + 1e-5), rtol=1e-14
+    )

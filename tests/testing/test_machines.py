@@ -36,12 +36,8 @@ def caught(machine, match=None):
         run_state_machine_as_test(machine, settings=FIXED)
 
 
-class InFloat32(BatchNormMachine):
-    dtypes = ("float32",)
-
-
 @pytest.mark.parametrize(
-    "machine", [InFloat32, GraphLifetimeMachine, GradModeMachine], ids=lambda m: m.__name__
+    "machine", [BatchNormMachine, GraphLifetimeMachine, GradModeMachine], ids=lambda m: m.__name__
 )
 def test_the_library_passes(machine):
     run_state_machine_as_test(machine, settings=settings(FIXED, max_examples=30))
@@ -240,7 +236,7 @@ def test_a_planted_fault_of_a_batch_norm_module_is_found(module_class):
 
 
 def test_another_correction_is_for_the_machine_to_be_told():
-    class Keras(InFloat32):
+    class Keras(BatchNormMachine):
         correction = 0
 
         def make_module(self, num_features, eps, momentum):

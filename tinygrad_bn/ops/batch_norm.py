@@ -21,7 +21,7 @@ and so, with ∂L/∂x̂_i = γ g_i,
 
 The cotangent loses its mean and its component along x̂: the two directions in which y cannot move.
 Nothing is divided by γ, so γ = 0 is no special case. The tape on the composite below arrives at the
-same numbers, with some fifteen arrays of the size of x on the way; the rule needs x alone.
+same numbers, and keeps seven times the memory of a float32 x for it; the rule needs x alone.
 
 Running averages are state and live elsewhere (`normalization.py`, `nn.BatchNorm`); this op hands
 out the statistics of the batch as residuals.
@@ -298,9 +298,9 @@ def batch_norm_given(
 
     mean, var: one value per channel, for example running averages. The rest as in `batch_norm`.
     """
-    wide = x.astype(accumulation_dtype(x.dtype))
-    mean, var = along(mean, x.shape, axis), along(var, x.shape, axis)
-    return normalize(wide, mean, var, weight, bias, axis, eps).astype(x.dtype)
+    wide = accumulation_dtype(x.dtype)
+    mean, var = (along(v.astype(wide), x.shape, axis) for v in (mean, var))
+    return normalize(x.astype(wide), mean, var, weight, bias, axis, eps).astype(x.dtype)
 
 
 @batch_norm_given.def_vjp
@@ -318,7 +318,7 @@ def _(
     # gx = γ s g,  gμ = -Σ gx,  gv = -½ s² Σ gx (x - μ),  gγ = Σ g x̂,  gβ = Σ g
     x = x.astype(accumulation_dtype(x.dtype))
     g = g.astype(x.dtype)
-    s = 1 / sqrt(along(var, x.shape, axis) + eps)
+    s = 1 / sqrt(along(var.astype(x.dtype), x.shape, axis) + eps)
     centred = x - along(mean, x.shape, axis)
     gx = g * s if weight is None else g * (s * along(weight, x.shape, axis))
     return (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from tinygrad_bn.testing.accumulation import check_accumulation
 from tinygrad_bn.testing.agreement import check_backends, check_layouts, check_raw
 from tinygrad_bn.testing.batch_norm_verification import verify_batch_norm
 from tinygrad_bn.testing.errors import BlindCheckWarning, GradCheckError, Inconclusive
@@ -16,6 +17,7 @@ from tinygrad_bn.testing.gradients import check_double_grad, check_grad
 from tinygrad_bn.testing.graphs import Graph, check_graph
 from tinygrad_bn.testing.invariants import check_dtypes, check_pure
 from tinygrad_bn.testing.laws import Law, assert_law
+from tinygrad_bn.testing.modules import check_module
 from tinygrad_bn.testing.reference import check_reference
 from tinygrad_bn.testing.report import Comparison, Report, Tolerance
 from tinygrad_bn.testing.verification import verify
@@ -30,12 +32,14 @@ __all__ = [
     "Report",
     "Tolerance",
     "assert_law",
+    "check_accumulation",
     "check_backends",
     "check_double_grad",
     "check_dtypes",
     "check_grad",
     "check_graph",
     "check_layouts",
+    "check_module",
     "check_pure",
     "check_raw",
     "check_reference",

@@ -120,11 +120,11 @@ def _require_state(
     right: Expected,
     when: str,
 ) -> None:
-    news = (right.mean, right.var)
-    for name, a, w, old, new in zip(
-        ("running_mean", "running_var"), arrays, wanted, before, news, strict=True
+    sizes = (right.scales["mean"], right.scales["var"])
+    for name, a, w, old, size in zip(
+        ("running_mean", "running_var"), arrays, wanted, before, sizes, strict=True
     ):
-        scale = np.abs(old.astype(WIDE)) + np.abs(new)
+        scale = np.abs(old.astype(WIDE)) + size
         over, where = statistic_excess(a, w, scale)
         if not over <= 1:
             still = d.momentum > 0 and np.array_equal(a, old)

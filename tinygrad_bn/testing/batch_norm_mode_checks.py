@@ -33,7 +33,9 @@ def evaluation(candidate: Candidate, d: Any) -> None:
     for name, after in zip(("running_mean", "running_var"), done.state, strict=True):
         if not np.array_equal(after, getattr(d, name)):
             raise GradCheckError(f"evaluation moved {name} to {after.tolist()}")
-    single = replace(d, x=d.x.take([0], d.reduced_axes[0]), cotangent=d.cotangent.take([0], d.reduced_axes[0]))
+    single = replace(
+        d, x=d.x.take([0], d.reduced_axes[0]), cotangent=d.cotangent.take([0], d.reduced_axes[0])
+    )
     alone = Pass(candidate, single, training=False, running=True)
     require(want(single, given=(d.running_mean, d.running_var)), y=alone.y)
 
@@ -115,7 +117,11 @@ def masks(candidate: Candidate, d: Any) -> None:
 def groups(candidate: Candidate, d: Any) -> None:
     """Ghost batches are normalized each by itself; the state makes one step to their average."""
     parts = [replace(d, x=x, cotangent=g) for x, g in zip(*_halved(d), strict=True)]
-    both = replace(d, x=np.concatenate([p.x for p in parts]), cotangent=np.concatenate([p.cotangent for p in parts]))
+    both = replace(
+        d,
+        x=np.concatenate([p.x for p in parts]),
+        cotangent=np.concatenate([p.cotangent for p in parts]),
+    )
     done = Pass(candidate, both, running=True, groups=2)
     rights = [want(p) for p in parts]
     found = done.gradients()
@@ -128,10 +134,13 @@ def groups(candidate: Candidate, d: Any) -> None:
         sum(r.mean for r in rights) / 2,
         sum(r.var for r in rights) / 2 * (WIDE(m) / (m - 1)),
     )
-    for name, after, new in zip(("running_mean", "running_var"), done.state, news, strict=True):
+    sizes = [sum(r.scales[name] for r in rights) for name in ("mean", "var")]
+    for name, after, new, size in zip(
+        ("running_mean", "running_var"), done.state, news, sizes, strict=True
+    ):
         old = getattr(d, name).astype(WIDE)
         step = (1 - WIDE(d.momentum)) * old + WIDE(d.momentum) * new
-        over, where = statistic_excess(after, step, np.abs(old) + np.abs(new))
+        over, where = statistic_excess(after, step, np.abs(old) + size)
         if not over <= 1:
             raise GradCheckError(f"{name} after a call with groups=2 is wrong {where}")
 

@@ -110,6 +110,9 @@ def expected(
             "gx": np.abs(gamma) * s * np.abs(g).max(others, keepdims=True, initial=0),
             "gweight": np.abs(g * x_hat).sum(others),
             "gbias": np.abs(g).sum(others),
+            # The terms of the mean, which may cancel; those of the variance cannot.
+            "mean": (p * np.abs(xw)).sum(others),
+            "var": var.reshape(-1),
         }
     return Expected(
         y,

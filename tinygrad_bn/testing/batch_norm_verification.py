@@ -112,7 +112,9 @@ def verify_batch_norm(
                 rejected[check.name] = ""
     for name, reason in rejected.items():
         if reason:
-            unseen = Inconclusive(f"every input was rejected, so nothing was checked. The last: {reason}")
+            unseen = Inconclusive(
+                f"every input was rejected, so nothing was checked. The last: {reason}"
+            )
             raise failure(BY, subject.name, name, unseen, sum(tried.values()), seed)
     notes = () if WIDER else ("longdouble is float64 here: the reference has no digits to spare",)
     return Report(

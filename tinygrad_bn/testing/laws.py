@@ -199,7 +199,9 @@ def _permutation(run: BatchNormRun, d: Any) -> Iterator[Sides]:
     first = d.reduced_axes[0]
     order = np.random.default_rng(0).permutation(d.x.shape[first])
     y, gx, gweight, gbias = _call(run, d)
-    other = _call(run, replace(d, x=d.x.take(order, first), cotangent=d.cotangent.take(order, first)))
+    other = _call(
+        run, replace(d, x=d.x.take(order, first), cotangent=d.cotangent.take(order, first))
+    )
     wide = np.broadcast_to(c.gx, d.x.shape).take(order, first)
     yield other[0], y.take(order, first), c.y
     yield other[1], gx.take(order, first), wide

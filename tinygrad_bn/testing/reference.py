@@ -196,7 +196,9 @@ def _require_quotients(
 def _values(function: Callable[..., Any], arrays: Sequence[Any]) -> list[np.ndarray]:
     out = function(*arrays)
     listed = out if isinstance(out, (tuple, list)) else (out,)
-    return [np.asarray(getattr(o, "data", o) if not isinstance(o, np.ndarray) else o) for o in listed]
+    return [
+        np.asarray(getattr(o, "data", o) if not isinstance(o, np.ndarray) else o) for o in listed
+    ]
 
 
 def _moved(

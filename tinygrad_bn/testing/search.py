@@ -43,10 +43,11 @@ def search(
     Raises ModuleNotFoundError without Hypothesis.
     """
     # Hypothesis is an extra, and the strategies' package is its one loader.
-    from tinygrad_bn.testing import strategies  # noqa: F401
     from hypothesis import HealthCheck, Phase, Verbosity, given, settings
     from hypothesis import seed as seeded
     from hypothesis.errors import Flaky
+
+    from tinygrad_bn.testing import strategies  # noqa: F401
 
     done = Search()
     failed: set[Any] = set()
@@ -106,8 +107,9 @@ def fresh_seed(seed: int | None) -> int:
     same examples in every run."""
     if seed is not None:
         return seed
-    from tinygrad_bn.testing import strategies  # noqa: F401
     from hypothesis import settings
+
+    from tinygrad_bn.testing import strategies  # noqa: F401
 
     return 0 if settings().derandomize else random.SystemRandom().getrandbits(32)
 

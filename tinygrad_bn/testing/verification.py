@@ -102,9 +102,7 @@ def verify(
     )
 
 
-def _checks(
-    candidate: Callable[..., Any], reference: Any, laws: Sequence[Any]
-) -> Iterator[Named]:
+def _checks(candidate: Callable[..., Any], reference: Any, laws: Sequence[Any]) -> Iterator[Named]:
     """Yield the checks, cheap and telling ones first."""
 
     def on(checker: Callable[..., Any]) -> Callable[[Any], object]:
@@ -118,7 +116,9 @@ def _checks(
         # Of integers and booleans alone there is no derivative.
         check = on(checker)
         return lambda drawn: (
-            check(drawn) if any(map(is_floating, raw_inputs(_call_of(candidate, drawn)[1]))) else None
+            check(drawn)
+            if any(map(is_floating, raw_inputs(_call_of(candidate, drawn)[1])))
+            else None
         )
 
     def dtypes(drawn: Any) -> object:

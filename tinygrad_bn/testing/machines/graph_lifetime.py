@@ -234,7 +234,7 @@ class GraphLifetimeMachine(RuleBasedStateMachine):
 
     @rule(into=_PICK, through_a_view=st.booleans(), then=_PICK)
     def write_unrecorded(self, into: int, through_a_view: bool, then: int) -> None:
-        """Write under no_grad, as an optimizer does, and run a pass that may need the old values."""
+        """Write under no_grad, as optimizers do; then run a pass that may need the old values."""
         t = self._pick(into)
         with no_grad():
             target = t.tensor[:] if through_a_view else t.tensor
