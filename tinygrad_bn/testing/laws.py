@@ -51,11 +51,13 @@ def assert_law(
     if bad.any():
         over = np.broadcast_to(np.where(bad, error - allowed, -np.inf), error.shape)
         at = np.unravel_index(int(np.argmax(np.nan_to_num(over, nan=np.inf))), error.shape)
-        most = float(np.broadcast_to(allowed, error.shape)[at])
+        one, other, apart, most = (
+            float(np.broadcast_to(v, error.shape)[at]) for v in (a, b, error, allowed)
+        )
         raise GradCheckError(
-            f"{law} does not hold at {[int(k) for k in at]}: {float(np.broadcast_to(a, error.shape)[at]):.17g} on the "
-            f"left, {float(np.broadcast_to(b, error.shape)[at]):.17g} on the right; they differ by {float(error[at]):.2g} "
-            f"and may by {most:.2g} ({roundings:g} roundings of the terms)"
+            f"{law} does not hold at {[int(k) for k in at]}: {one:.17g} on the left, {other:.17g} on the "
+            f"right; they differ by {apart:.2g} and may by {most:.2g} ({roundings:g} roundings of "
+            f"the terms)"
         )
     return Report("assert_law", law)
 
@@ -299,14 +301,6 @@ def _affine(run: BatchNormRun, d: Any) -> Iterator[Sides]:
     yield middle[1], here[1], np.abs(here[1])
 
 
-#: Laws of batch norm in evaluation, by given statistics.
-EVALUATION_LAWS = (
-    Law("samples apart", "no sample sees another", _samples_apart, 0),
-    Law("affine", "BN((x + z)/2) = (BN(x) + BN(z))/2, and gx knows nothing of x", _affine),
-    Law("Euler", "⟨g, y⟩ = γ gγ + β gβ", lambda run, d: _euler_given(run, d)),
-)
-
-
 def _euler_given(run: BatchNormRun, d: Any) -> Iterator[Sides]:
     others = d.reduced_axes
     y, _, gweight, gbias = _call(run, d)
@@ -315,3 +309,11 @@ def _euler_given(run: BatchNormRun, d: Any) -> Iterator[Sides]:
     bias = np.abs(d.bias).reshape(shape)
     scale = (g * (np.abs(y) + 2 * bias)).sum(others)
     yield (d.cotangent * y).sum(others), d.weight * gweight + d.bias * gbias, scale
+
+
+#: Laws of batch norm in evaluation, by given statistics.
+EVALUATION_LAWS = (
+    Law("samples apart", "no sample sees another", _samples_apart, 0),
+    Law("affine", "BN((x + z)/2) = (BN(x) + BN(z))/2, and gx knows nothing of x", _affine),
+    Law("Euler", "⟨g, y⟩ = γ gγ + β gβ", _euler_given),
+)
