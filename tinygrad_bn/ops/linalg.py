@@ -53,8 +53,8 @@ def _matmul_vjp_x(g: Any, x: Any, y: Any) -> Any:
     g, x, y = _as_matrices(g, x, y)
     if x.ndim == 2 and g.ndim > 2 and y.ndim == g.ndim and not vector:
         # One matrix x met a stack: join the stack's columns, one product instead of a sum of many.
-        return _side_by_side(g) @ _transposed(_side_by_side(y))
-    gx = g @ _transposed(y)
+        return matmul(_side_by_side(g), _transposed(_side_by_side(y)))
+    gx = matmul(g, _transposed(y))
     return gx.reshape((*gx.shape[:-2], gx.shape[-1])) if vector else gx
 
 
@@ -65,7 +65,7 @@ def _matmul_vjp_y(g: Any, x: Any, y: Any) -> Any:
     if y.ndim == 2 and x.ndim > 2:
         # A stack met one matrix y: join the stack's rows, one product instead of a sum of many.
         x, g = x.reshape((-1, x.shape[-1])), g.reshape((-1, g.shape[-1]))
-    gy = _transposed(x) @ g
+    gy = matmul(_transposed(x), g)
     return gy.reshape(gy.shape[:-1]) if vector else gy
 
 
@@ -76,3 +76,4 @@ def _side_by_side(x: Any) -> Any:
 
 
 matmul.def_vjp(x=_matmul_vjp_x, y=_matmul_vjp_y)
+matmul.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_matmul")
