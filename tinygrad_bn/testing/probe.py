@@ -159,7 +159,7 @@ class Probe:
             size = float(np.sqrt(np.mean(np.square(self.problem.inputs[i]))))
             reach = min(self.natural / typical, max(1.0, size / self.scale(i)))
         # A power of two makes x ± t·d as exact as it can be. 1e-8: less has no digits left.
-        return 2.0 ** math.floor(math.log2(0.0625 * max(reach, 1e-8)))
+        return 2.0 ** math.floor(math.log2(0.00390625 * max(reach, 1e-8)))
 
     # --- noise -------------------------------------------------------------------------------
 

@@ -1,9 +1,8 @@
 """Matrix products in NumPy, their rows shared out among our own threads.
 
 OpenBLAS would use threads of its own. After a product these go on spinning for milliseconds, in
-wait for the next, on the very processors that the other kernels then need: that made everything
-after a dense layer slower by half. So a product that OpenBLAS would split is split here, with one thread to
-each part.
+wait for the next, on the very processors that other kernels need by then: a training step took
+half as long again. So a product that OpenBLAS would split is split here, one thread to each part.
 """
 
 from __future__ import annotations
