@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.autograd import grad
-from tinygrad_bn.tape import TensorBase
 from tinygrad_bn.tensor import Tensor
 from tinygrad_bn.testing.errors import GradCheckError
 from tinygrad_bn.testing.functions import name_of
@@ -67,7 +66,7 @@ class Candidate:
             features["axis"] = axis
         mean, var = (None, None) if running is None else running
         y = self.fn(x, mean, var, weight, bias, training, momentum, eps, **features)
-        if not isinstance(y, TensorBase):
+        if not isinstance(y, Tensor):
             raise GradCheckError(f"it returned a {type(y).__name__}, expected a Tensor")
         if y.shape != x.shape or y.dtype != x.dtype:
             raise GradCheckError(
@@ -106,7 +105,7 @@ class Pass:
         elif running:
             state = running
         self.running = state
-        self.state = [s.data if isinstance(s, TensorBase) else s for s in state or ()]
+        self.state = [s.data if isinstance(s, Tensor) else s for s in state or ()]
         chosen = {"momentum": drawn.momentum, "eps": drawn.eps, "axis": drawn.axis, **options}
         x, weight, bias = self.inputs
         self.output = candidate(x, state, weight, bias, training=training, **chosen)

@@ -127,19 +127,16 @@ def expected(
     )
 
 
-def excess(
-    name: str, got: np.ndarray, want: Expected, *, share: float | None = None
-) -> tuple[float, str]:
+def excess(name: str, got: np.ndarray, want: Expected) -> tuple[float, str]:
     """Return the largest error of `got` over what it may be, and a description of where it is.
 
     name: "y", "gx", "gweight" or "gbias". NaN where a number belongs, and the reverse, is infinite.
     """
     right = getattr(want, name)
-    share = _SHARE[got.dtype.name] if share is None else share
-    ratio = want.ratio if right.ndim > 1 else want.ratio.reshape(-1)
+    allowed = _SHARE[got.dtype.name] * want.scales[name]
     if got.dtype == np.float64:
-        share = share * (1 + ratio)
-    return _largest(got, right, share * want.scales[name])
+        allowed = allowed * (1 + (want.ratio if right.ndim > 1 else want.ratio.reshape(-1)))
+    return _largest(got, right, allowed)
 
 
 def statistic_excess(got: np.ndarray, right: np.ndarray, scale: np.ndarray) -> tuple[float, str]:

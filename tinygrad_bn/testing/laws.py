@@ -47,7 +47,7 @@ def assert_law(
         error = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0, error)
         sized = np.maximum(np.abs(a), np.abs(b)) if scale is None else np.asarray(scale)
         allowed = roundings * epsilon * sized.astype(wide)
-    bad = ~(error <= allowed)
+    bad = ~((error == 0) | (error <= allowed))
     if bad.any():
         over = np.broadcast_to(np.where(bad, error - allowed, -np.inf), error.shape)
         at = np.unravel_index(int(np.argmax(np.nan_to_num(over, nan=np.inf))), error.shape)
@@ -55,9 +55,9 @@ def assert_law(
             float(np.broadcast_to(v, error.shape)[at]) for v in (a, b, error, allowed)
         )
         raise GradCheckError(
-            f"{law} does not hold at {[int(k) for k in at]}: {one:.17g} on the left, {other:.17g} on the "
-            f"right; they differ by {apart:.2g} and may by {most:.2g} ({roundings:g} roundings of "
-            f"the terms)"
+            f"{law} does not hold at {[int(k) for k in at]}: {one:.17g} on the left, "
+            f"{other:.17g} on the right; they differ by {apart:.2g} and may by {most:.2g} "
+            f"({roundings:g} roundings of the terms)"
         )
     return Report("assert_law", law)
 

@@ -148,7 +148,9 @@ class Probe:
         return total
 
     def _first_step(self, i: int, direction: np.ndarray) -> float:
-        """Return a step along `direction` that changes L by about a quarter of its size.
+        """Return a step along `direction` that changes L by about a sixteenth of its size.
+
+        That is small enough for three rows of the tableau to settle a smooth function.
 
         The analytic derivative only suggests it; a wrong one costs time, or at worst the verdict
         "inconclusive", since the tableau measures its own error.
@@ -159,7 +161,7 @@ class Probe:
             size = float(np.sqrt(np.mean(np.square(self.problem.inputs[i]))))
             reach = min(self.natural / typical, max(1.0, size / self.scale(i)))
         # A power of two makes x ± t·d as exact as it can be. 1e-8: less has no digits left.
-        return 2.0 ** math.floor(math.log2(0.00390625 * max(reach, 1e-8)))
+        return 2.0 ** math.floor(math.log2(0.0625 * max(reach, 1e-8)))
 
     # --- noise -------------------------------------------------------------------------------
 
