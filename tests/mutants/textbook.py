@@ -86,8 +86,8 @@ BATCH = {
 #: Normalized by running statistics, `given_mean` and `given_var`.
 GIVEN = {
     **_BOTH,
-    "mean": lambda p: p.along(p.given_mean),
-    "var": lambda p: p.along(p.given_var),
+    "mean": lambda p: p.along(p.given_mean.astype("float64")),
+    "var": lambda p: p.along(p.given_var.astype("float64")),
     "gx": lambda p: p.gamma * p.s * p.g,
     "gmean": lambda p: p.per_channel(-p.gx),
     "gvar": lambda p: p.per_channel(p.gamma * p.g * (p.wide - p.mean) * p.s**3) * -0.5,
