@@ -166,6 +166,13 @@ def test_random_cotangent_given_draws_none():
         check_grad(RIGHT["tanh"], x, cotangents=g)
 
 
+def test_an_output_of_zeros_draws_none():
+    x, g = draw((3, 4), (3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_grad(lambda t: t * 0.0, x, cotangents=g)
+
+
 def test_zero_gradient_passes_and_is_reported():
     report = check_grad(lambda x, y: x * 2 + sign(y), *draw((3,), (3,)))
     assert report.vacuous == ("input 1 ('y')",)

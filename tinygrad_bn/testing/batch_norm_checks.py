@@ -6,6 +6,7 @@ means, and how far from it is still right, is in `batch_norm_reference`.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +53,11 @@ def require(right: Expected, **got: np.ndarray) -> None:
             )
 
 
+def one_of(n: int, d: Any) -> int:
+    """Return a number below n that depends on the batch alone: a variant for a check to take."""
+    return zlib.crc32(d.cotangent.tobytes()) % n
+
+
 def forward(candidate: Candidate, d: Any) -> None:
     """The output in training, against the formula; x's dtype and shape."""
     require(want(d), y=Pass(candidate, d).y)
@@ -62,18 +68,19 @@ def gradients(candidate: Candidate, d: Any) -> None:
     # All together mostly; a rule may also be asked for one alone.
     alone = {0: (True, False, False), 1: (False, True, False), 2: (False, False, True)}
     every = (True, True, True)
-    chosen = every if d.weight is None else alone.get(d.x.size % 7, every)
+    lacking = d.weight is None or d.bias is None
+    chosen = every if lacking else alone.get(one_of(6, d), every)
     require(want(d), **Pass(candidate, d, needs=chosen).gradients())
 
 
 def state(candidate: Candidate, d: Any) -> None:
     """The running statistics: r ← (1 - momentum) r + momentum · new, in place, once a call."""
     right = want(d)
-    features = {}
+    features: dict[str, Any] = {}
     corrections = [1]
     if "correction" in candidate.takes:
         corrections = [None, 0, 1]
-    correction = corrections[d.x.size % len(corrections)]
+    correction = corrections[one_of(len(corrections), d)]
     if correction is not None and "correction" in candidate.takes:
         features["correction"] = correction
     m = d.count
@@ -82,7 +89,7 @@ def state(candidate: Candidate, d: Any) -> None:
     arrays = _state_arrays(d)
     before = [a.copy() for a in arrays]
     # As Tensors or as arrays, of which the candidate may get views with gaps.
-    running: Any = tuple(Tensor(a) for a in arrays) if d.x.size % 2 else tuple(arrays)
+    running: Any = tuple(Tensor(a) for a in arrays) if one_of(2, d) else tuple(arrays)
     done = Pass(candidate, d, running=running, **features)
     _require_state(d, arrays, wanted, before, right, "after one call")
     for s in running:
@@ -171,7 +178,7 @@ def nan(candidate: Candidate, d: Any) -> None:
     """A NaN or an infinity stays in the channel it came in, which it fills with NaN."""
     x = d.x.copy()
     last = np.moveaxis(x, d.axis, 0)[-1]
-    last[(0,) * last.ndim] = np.nan if d.x.size % 2 else np.inf
+    last[(0,) * last.ndim] = np.nan if one_of(2, d) else np.inf
     d = replace(d, x=x)
     done = Pass(candidate, d, running=True)
     got = {"y": done.y, **done.gradients()}
@@ -200,9 +207,16 @@ def empty(candidate: Candidate, d: Any) -> None:
             raise GradCheckError(f"an empty batch moved {name} to {after.tolist()}")
 
 
+def magnitudes(candidate: Candidate, d: Any) -> None:
+    """x so large or small that its squares leave float32, with eps to match."""
+    k = 100 if d.x.flat[0] > 0 else -100
+    forward(candidate, d := replace(d, x=np.ldexp(d.x, k), eps=d.eps * 4.0**k))
+    gradients(candidate, d)
+
+
 def large(candidate: Candidate, d: Any) -> None:
     """Thousands of values, in some layout: what fused kernels serve."""
-    layout = LAYOUTS[int(np.abs(d.cotangent.flat[0]) * 1024) % _KEEPING]
+    layout = LAYOUTS[one_of(_KEEPING, d)]
     # The layout is of the array that a Tensor wraps; the reference does not mind it.
     state(candidate, replace(d, x=layout(d.x), cotangent=layout(d.cotangent)))
 

@@ -36,6 +36,7 @@ class Check:
 
 
 _TAME = {"dtypes": ("float64",), "max_ratio": 10.0, "max_spread": 10.0}
+_WIDE = {"dtypes": ("float32",), "large": True}
 _SMALL = {**_TAME, "small": True}
 
 #: Cheap and telling ones first: most mistakes show in a single forward and backward pass.
@@ -43,11 +44,12 @@ CHECKS = (
     Check("forward", checks.forward, 20, {"training": True}),
     Check("gradients", checks.gradients, 20, {"training": True}),
     Check("state", checks.state, 16, {"training": True}),
-    Check("evaluation", modes.evaluation, 14, {"training": False}),
+    Check("evaluation", modes.evaluation, 20, {"training": False}),
     Check("without state", checks.without_state, 4, {"training": True}),
     Check("constant channels", checks.constant, 16, {"degenerate": True}),
     Check("mixed dtypes", checks.mixed_dtypes, 8, {"training": True, "dtypes": ("float16",)}),
-    Check("large batches", checks.large, 8, {"training": True, "large": True}),
+    Check("large batches", checks.large, 14, {"training": True, "large": True}),
+    Check("magnitudes", checks.magnitudes, 8, {**_TAME, **_WIDE, "training": True}),
     Check("used twice", modes.twice, 5, {"training": True}),
     Check("pending passes", modes.pending, 8, {**_TAME, "training": True}),
     Check("NaN", checks.nan, 8, {**_TAME, "training": True}),
@@ -59,7 +61,7 @@ CHECKS = (
     Check("laws", modes.laws, 10, _TAME),
     Check("differences", modes.differences, 8, _TAME),
     Check("second order", modes.second_order, 14, {**_SMALL, "max_eps": 10.0}),
-    Check("layouts", modes.layouts, 6, _SMALL),
+    Check("layouts", modes.layouts, 8, _TAME),
 )
 
 #: Examples of each check in the first round, so that each has its say early.

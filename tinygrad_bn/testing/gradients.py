@@ -240,8 +240,8 @@ def _cotangents(
 
 def _proportional(a: np.ndarray, b: np.ndarray) -> bool:
     aa, bb, ab = (float(np.vdot(p, q)) for p, q in ((a, a), (b, b), (a, b)))
-    # The cosine is 1 within rounding.
-    return ab * ab >= (1 - 1e-12) * aa * bb
+    # The cosine is 1 within rounding; zeros, as y where gamma is 0, have no direction.
+    return ab * ab >= (1 - 1e-12) * aa * bb > 0
 
 
 def _warn_blind(name: str, what: str) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.op import Op
+from tinygrad_bn.testing.accumulation import check_accumulation
 from tinygrad_bn.testing.agreement import check_backends, check_layouts, check_raw
 from tinygrad_bn.testing.errors import BlindCheckWarning, GradCheckError, Inconclusive
 from tinygrad_bn.testing.functions import is_floating, name_of, raw_inputs
 from tinygrad_bn.testing.gradients import check_double_grad, check_grad
-from tinygrad_bn.testing.invariants import check_dtypes, check_pure
+from tinygrad_bn.testing.invariants import Run, check_dtypes, check_pure
 from tinygrad_bn.testing.laws import Law
 from tinygrad_bn.testing.reference import check_reference, gradient_by_rules
 from tinygrad_bn.testing.report import Report
@@ -149,10 +150,47 @@ def _checks(candidate: Callable[..., Any], reference: Any, laws: Sequence[Any]) 
             lambda drawn, run=run: run(*_with_candidate(candidate, drawn)),
         )
     yield "check_layouts", on(check_layouts)
+    yield "check_accumulation", on(check_accumulation)
     yield "check_double_grad", on_floats(check_double_grad)
+    if isinstance(reference, Op):
+        yield "NaN", lambda drawn: _check_nan(candidate, reference, drawn)
     if isinstance(candidate, Op):
         yield "check_raw", on(check_raw)
+        if not candidate.view:
+            yield "memory", lambda drawn: _check_memory(candidate, drawn)
     yield "check_backends", on(check_backends)
+
+
+def _check_nan(candidate: Callable[..., Any], reference: Op, drawn: Any) -> None:
+    """Raise GradCheckError where a NaN in an input is hidden that the reference passes on."""
+    fn, arrays = _call_of(candidate, drawn)
+    right, _ = _call_of(reference, drawn)
+    arrays = raw_inputs(arrays)
+    for i, array in enumerate(arrays):
+        if array is None or not is_floating(array) or not array.size:
+            continue
+        spoilt = list(arrays)
+        spoilt[i] = with_nan = array.copy()
+        with_nan.flat[array.size // 2] = np.nan
+        got, want = Run(fn, spoilt).outputs, Run(right, spoilt).outputs
+        for k, (a, b) in enumerate(zip(got, want, strict=True)):
+            if is_floating(b) and not np.array_equal(np.isnan(a), np.isnan(b)):
+                raise GradCheckError(
+                    f"NaN in input {i} becomes {a.tolist()!r:.60} in output {k}, expected "
+                    f"{b.tolist()!r:.60}: what is not a number must not look like one"
+                )
+
+
+def _check_memory(candidate: Op, drawn: Any) -> None:
+    """Raise GradCheckError where the output of an op that is no view shares an input's memory."""
+    fn, arrays = _call_of(candidate, drawn)
+    inputs = [a for a in raw_inputs(arrays) if a is not None]
+    for k, out in enumerate(Run(fn, raw_inputs(arrays)).outputs):
+        if any(np.shares_memory(out, a) for a in inputs):
+            raise GradCheckError(
+                f"output {k} shares memory with an input, so writing to one changes the other; "
+                f"copy, or declare the op with view=True"
+            )
 
 
 def _with_candidate(candidate: Callable[..., Any], drawn: Any) -> tuple[Any, ...]:

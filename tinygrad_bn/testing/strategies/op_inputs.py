@@ -85,7 +85,10 @@ def _kinds(domain: Domain, count: int) -> list[Real | Integer | Boolean]:
 
 def _draw_one(draw: st.DrawFn, kind: Real | Integer | Boolean, shape: Shape, dtype: Any) -> Any:
     if isinstance(kind, Real):
-        return draw(away_from_kinks(shape, dtype, low=kind.low, high=kind.high, kinks=kind.kinks))
+        drawn = draw(away_from_kinks(shape, dtype, low=kind.low, high=kind.high, kinks=kind.kinks))
+        # Close to 0 too, where what subtracts its way there loses all digits.
+        near = not kind.kinks and kind.low < 0 < kind.high and draw(st.sampled_from((0, 0, 1)))
+        return drawn * drawn.dtype.type(2.0**-10) if near else drawn
     rng = np.random.default_rng(draw(seeds()))
     if isinstance(kind, Integer):
         return np.asarray(rng.integers(kind.low, kind.high, shape))
