@@ -200,3 +200,12 @@ def test_batch_norm_relu_is_the_composition_and_passes_gradients_to_the_residual
         assert (a.numpy() == b.numpy()).all()
     with pytest.raises(ValueError, match="residual has shape"):
         F.batch_norm_relu(inputs[0], training=True, residual=inputs[1][0])
+
+
+def test_two_values_are_enough():
+    x, mean, var = draw((4, 3)), np.zeros(3), np.ones(3)
+    mask = np.array([1, 0, 1, 0])[:, None]
+    y = F.batch_norm(x, mean, var, training=True, momentum=1.0, eps=0.0, mask=mask)
+    np.testing.assert_allclose(y[0], np.sign(x[0] - x[2]), rtol=1e-12)  # ±1, whatever they are
+    np.testing.assert_allclose(mean, (x[0] + x[2]) / 2, rtol=1e-12)
+    np.testing.assert_allclose(var, (x[0] - x[2]) ** 2 / 2, rtol=1e-12)

@@ -51,19 +51,30 @@ def _expanded(reduced: Any, shape: Sequence[int], axis: Axis) -> Any:
     return reduced.reshape(kept_shape(shape, axis))
 
 
-@op(domain=Domain((Real(),), _CASES))
-def sum(x: Any, *, axis: Axis = None, keepdims: bool = False) -> Any:
-    """Return the sum of x over `axis`.
+def _total(x: Any, axis: Axis, keepdims: bool) -> Any:
+    """Return the sum of x, in float64 where x's own dtype would lose digits or overflow.
 
-    Floats narrower than float64 are accumulated in float64 wherever NumPy would add them one by
-    one, which it does unless the last axis is reduced: ones of shape (20_000_000, 2) would
-    otherwise add up to 16_777_216.
+    NumPy adds one by one unless the last axis is reduced: float32 ones of shape (20_000_000, 2)
+    would add up to 16_777_216. Half precision ends at 65_504, which a sum passes long before its
+    mean does.
     """
     axes = reduced_axes(axis, x.ndim)
-    if x.ndim - 1 in axes or not is_floating(x.dtype) or count(x.shape, axes) < 128:
+    in_pairs = x.ndim - 1 in axes or count(x.shape, axes) < 128
+    if not is_floating(x.dtype) or (in_pairs and x.dtype.itemsize >= 4):
         return x.sum(axis=axis, keepdims=keepdims)
-    wide = accumulation_dtype(x.dtype)
-    return x.sum(axis=axis, keepdims=keepdims, dtype=wide).astype(x.dtype)
+    return x.sum(axis=axis, keepdims=keepdims, dtype=accumulation_dtype(x.dtype))
+
+
+def _divided(x: Any, n: float, dtype: Any) -> Any:
+    """Return x / n in `dtype`, which need not be able to hold n."""
+    return (x.astype(accumulation_dtype(dtype)) / n).astype(dtype)
+
+
+@op(domain=Domain((Real(),), _CASES))
+def sum(x: Any, *, axis: Axis = None, keepdims: bool = False) -> Any:
+    """Return the sum of x over `axis`, in the dtype of x; floats are accumulated as by `_total`."""
+    total = _total(x, axis, keepdims)
+    return total.astype(x.dtype) if is_floating(x.dtype) else total
 
 
 @sum.def_vjp
@@ -73,15 +84,15 @@ def _(g: Any, x_shape: tuple[int, ...], axis: Axis) -> Any:
 
 @op(domain=Domain((Real(),), _CASES))
 def mean(x: Any, *, axis: Axis = None, keepdims: bool = False) -> Any:
-    """Return the mean of x over `axis` (floats are accumulated as in `sum`)."""
+    """Return the mean of x over `axis`, in the dtype of x (floats as in `sum`)."""
     if not is_floating(x.dtype):
         return x.mean(axis=axis, keepdims=keepdims)
-    return sum.forward(x, axis=axis, keepdims=keepdims) / count(x.shape, axis)
+    return _divided(_total(x, axis, keepdims), count(x.shape, axis), x.dtype)
 
 
 @mean.def_vjp
 def _(g: Any, x_shape: tuple[int, ...], axis: Axis) -> Any:
-    g = g / count(x_shape, axis)
+    g = _divided(g, count(x_shape, axis), g.dtype)
     return (broadcast_to(_expanded(g, x_shape, axis), shape=x_shape),)
 
 
@@ -119,17 +130,26 @@ min.def_vjp(_extremum_vjp)
     )
 )
 def var(x: Any, *, axis: Axis = None, correction: float = 0, keepdims: bool = False) -> Any:
-    """Return the variance of x over `axis`: Σ(x - mean)² / (n - correction), in two passes."""
-    centred = x - mean.forward(x, axis=axis, keepdims=True)
-    total = sum.forward(centred * centred, axis=axis, keepdims=keepdims)
-    return total / (count(x.shape, axis) - correction)
+    """Return the variance of x over `axis`: Σ(x - mean)² / (n - correction), in two passes.
+
+    Floats are computed in float64 (or wider) and rounded once, to the dtype of x.
+    """
+    dtype = x.dtype
+    x = x.astype(accumulation_dtype(dtype)) if is_floating(dtype) else x
+    centred = x - x.mean(axis=axis, keepdims=True)
+    total = (centred * centred).sum(axis=axis, keepdims=keepdims)
+    out = total / (count(x.shape, axis) - correction)
+    return out.astype(dtype) if is_floating(dtype) else out
 
 
 @var.def_vjp
 def _(g: Any, x: Any, axis: Axis, correction: float) -> Any:
+    # 2 g (x - mean) / (n - correction); the engine casts it back
+    wide = accumulation_dtype(x.dtype)
+    x, g = x.astype(wide), g.astype(wide)
     centred = x - x.mean(axis=axis, keepdims=True)
     scale = 2.0 / (count(x.shape, axis) - correction)
-    return (_expanded(g, x.shape, axis) * (centred * scale),)
+    return (_expanded(g, x.shape, axis) * scale * centred,)
 
 
 @op(differentiable=False)
