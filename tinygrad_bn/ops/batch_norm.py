@@ -94,7 +94,7 @@ def sample_of(x: Any, mask: Any, axis: Axes, channels: Axes) -> Sample:
 def batch_statistics(x: Any, sample: Sample) -> tuple[Any, Any]:
     """Return the mean and the biased variance of each channel, with reduced axes of size 1.
 
-    x: array or Tensor, at least float64 wide, and 0 where it does not count.
+    x: array or Tensor, at least float64 wide; a NaN that does not count is not seen.
 
     Two passes, not E[x²] - E[x]², which cancels; and both relative to a value of the channel, so
     that a mean far larger than the spread costs no digits and a constant channel has mean exactly
@@ -251,7 +251,6 @@ def _(
     x, mask, kept, channels = in_groups(x, mask, axis, groups)
     g = g.astype(x.dtype).reshape(x.shape)
     sample = sample_of(x, mask, kept, channels)
-    x = sample.only(x)  # a NaN that does not count must not meet a 0: their product is NaN
     if mean is None:
         mean, var = batch_statistics(x, sample)  # anew, since they too depend on x
     s = 1 / sqrt(var + eps)
