@@ -27,6 +27,7 @@ FLOORS = {
     "ops": 2,
     "tensor": 3,
     "functional": 3,
+    "batch_renormalization": 3,
     "layer_normalization": 3,
     "normalization": 3,
     "creation": 3,

@@ -209,3 +209,12 @@ def test_two_values_are_enough():
     np.testing.assert_allclose(y[0], np.sign(x[0] - x[2]), rtol=1e-12)  # ±1, whatever they are
     np.testing.assert_allclose(mean, (x[0] + x[2]) / 2, rtol=1e-12)
     np.testing.assert_allclose(var, (x[0] - x[2]) ** 2 / 2, rtol=1e-12)
+
+
+def test_renorm_of_an_empty_batch_gives_zero_gradients_and_leaves_the_statistics():
+    mean, var = np.full(3, 0.5), np.full(3, 2.0)
+    inputs = [tg.zeros(s, requires_grad=True) for s in ((0, 3), 3, 3)]
+    y = F.batch_renorm(inputs[0], mean, var, *inputs[1:], training=True)
+    for g, x in zip(tg.grad(y.sum(), inputs), inputs, strict=True):
+        assert g.shape == x.shape and (g.numpy() == 0).all()
+    assert (mean == 0.5).all() and (var == 2.0).all()

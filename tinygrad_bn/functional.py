@@ -15,12 +15,12 @@ from typing import Any
 
 from tinygrad_bn.backend import array_module, as_dtype, float32, generator
 from tinygrad_bn.backend.creation import like
+from tinygrad_bn.batch_renormalization import batch_renorm
 from tinygrad_bn.layer_normalization import group_norm, instance_norm, layer_norm, rms_norm
 from tinygrad_bn.normalization import (
     batch_norm,
     batch_norm_composite,
     batch_norm_relu,
-    batch_renorm,
 )
 from tinygrad_bn.ops import convolution as _convolution
 from tinygrad_bn.ops import elementwise as _elementwise

@@ -9,9 +9,9 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
-from tinygrad_bn.backend import accumulation_dtype, is_floating
+from tinygrad_bn.backend import is_floating
 from tinygrad_bn.ops import batch_norm as _ops
-from tinygrad_bn.ops.elementwise import clip, relu, sqrt, where
+from tinygrad_bn.ops.elementwise import relu, where
 from tinygrad_bn.tape import TensorBase
 
 Axis = int | tuple[int, ...]
@@ -81,8 +81,8 @@ def batch_norm(
         )
     if not training and running_mean is not None:
         return _ops.batch_norm_given(x, running_mean, running_var, weight, bias, axis=axes, eps=eps)
-    mask = _checked_sample("batch_norm", x, axes, mask, groups)
-    out, found = _by_the_batch(x, weight, bias, mask, axes, eps, groups)
+    mask = checked_sample("batch_norm", x, axes, mask, groups)
+    out, found = by_the_batch(x, weight, bias, mask, axes, eps, groups)
     if running_mean is not None:
         found.move(running_mean, running_var, momentum, correction)
     return out
@@ -154,13 +154,14 @@ def batch_norm_and_statistics(
     """
     axes = kept_axes("batch_norm", x, axis)
     check_vectors("batch_norm", {"weight": weight, "bias": bias}, axes, x)
-    mask = _checked_sample("batch_norm", x, axes, mask, groups)
-    return _by_the_batch(x, weight, bias, mask, axes, float(eps), groups)
+    mask = checked_sample("batch_norm", x, axes, mask, groups)
+    return by_the_batch(x, weight, bias, mask, axes, float(eps), groups)
 
 
-def _by_the_batch(
+def by_the_batch(
     x: Any, weight: Any, bias: Any, mask: Any, axes: tuple[int, ...], eps: float, groups: int
 ) -> tuple[Any, BatchStatistics]:
+    """Return x normalized by the batch, and the statistics that were found; all is checked."""
     out, found = _ops.batch_norm.call_with_residuals(
         x, weight, bias, mask, axis=axes, eps=eps, groups=groups
     )
@@ -217,93 +218,12 @@ def batch_norm_relu(
     return relu(y)
 
 
-def batch_renorm(
-    x: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *,
-    r_max: float = 3.0,
-    d_max: float = 5.0,
-    axis: Axis = 1,
-    correction: float = 1,
-) -> Any:
-    """Return x normalized by the batch and corrected towards the running statistics.
-
-    In training y = weight · (x̂ r + d) + bias, where x̂ is normalized by the batch, and
-    r = σ_batch / σ_running limited to [1 / r_max, r_max], d = (μ_batch - μ_running) / σ_running
-    limited to [-d_max, d_max] (σ = √(var + eps)) are constants for the gradient: unlimited,
-    training computes what evaluation does. Raise the limits from (1, 0), which is `batch_norm`, as
-    training goes on. The rest as in `batch_norm`.
-
-    Source: Ioffe, "Batch Renormalization", 2017 (arXiv:1702.03275), Algorithm 1.
-
-    >>> import numpy as np
-    >>> x = np.array([[0.0], [2.0]])
-    >>> batch_renorm(x, np.zeros(1), np.full(1, 4.0), training=True, eps=0.0)  # r = d = 1/2
-    array([[0.],
-           [1.]])
-    """
-    if not training:
-        return batch_norm(x, running_mean, running_var, weight, bias, eps=eps, axis=axis)
-    y, found = batch_renorm_and_statistics(
-        x, running_mean, running_var, weight, bias, eps, r_max=r_max, d_max=d_max, axis=axis
-    )
-    found.move(running_mean, running_var, float(momentum), correction)
-    return y
-
-
-def batch_renorm_and_statistics(
-    x: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-    *,
-    r_max: float = 3.0,
-    d_max: float = 5.0,
-    axis: Axis = 1,
-) -> tuple[Any, BatchStatistics]:
-    """Return what `batch_renorm` returns in training, and the statistics of this batch.
-
-    The running statistics stay as they are. Arguments and errors as `batch_renorm`'s.
-    """
-    if not (r_max >= 1 and d_max >= 0):
-        raise ValueError(
-            f"batch_renorm: r_max is {r_max} and d_max {d_max}, expected r_max >= 1 and d_max >= 0"
-        )
-    axes = kept_axes("batch_renorm", x, axis)
-    vectors = {"running_mean": running_mean, "running_var": running_var}
-    check_vectors("batch_renorm", {**vectors, "weight": weight, "bias": bias}, axes, x)
-    _checked_sample("batch_renorm", x, axes, None, 1)
-    wide = accumulation_dtype(x.dtype)
-    before_mean = _raw(running_mean).astype(wide)
-    before_deviation = sqrt(_raw(running_var).astype(wide) + float(eps))
-    x_hat, found = _by_the_batch(x, None, None, None, axes, float(eps), 1)
-    if not x.size:
-        return x_hat, found
-    shape = before_mean.shape
-    r = sqrt(found.var.reshape(shape) + float(eps)) / before_deviation
-    d = (found.mean.reshape(shape) - before_mean) / before_deviation
-    r, d = clip(r, min=1 / r_max, max=r_max), clip(d, min=-d_max, max=d_max)
-    scale = r if weight is None else weight * r
-    shift = d if weight is None else weight * d
-    shift = shift if bias is None else shift + bias
-    y = x_hat * _ops.along(scale, x.shape, axes) + _ops.along(shift, x.shape, axes)
-    return y.astype(x.dtype), found
-
-
 def update_running(running: Any, value: Any, momentum: Any, counted: Any = True) -> None:
     """Write (1 - momentum) · running + momentum · value into `running` (array or Tensor).
 
     counted: whether there is a value at all; an array of one boolean where only a device knows.
     """
-    data = _raw(running)
+    data = raw(running)
     if counted is not True:
         momentum = where(counted, momentum, 0.0)
     # Written as a whole, not added to: the sum is formed in the wide dtype of `value`.
@@ -377,7 +297,7 @@ def check_vectors(name: str, vectors: dict[str, Any], axes: tuple[int, ...], x: 
         )
 
 
-def _checked_sample(name: str, x: Any, axes: tuple[int, ...], mask: Any, groups: int) -> Any:
+def checked_sample(name: str, x: Any, axes: tuple[int, ...], mask: Any, groups: int) -> Any:
     """Return the mask as a raw array after checking that x can be averaged as it is asked for."""
     shape = tuple(x.shape)
     if operator.index(groups) < 1 or shape[0] % groups or (groups > 1 and 0 in axes):
@@ -394,7 +314,7 @@ def _checked_sample(name: str, x: Any, axes: tuple[int, ...], mask: Any, groups:
         )
     if mask is None:
         return None
-    mask = _raw(mask)
+    mask = raw(mask)
     fits = len(mask.shape) == len(shape) and all(
         n == 1 or (n == size and i not in axes)
         for i, (n, size) in enumerate(zip(mask.shape, shape, strict=True))
@@ -407,5 +327,6 @@ def _checked_sample(name: str, x: Any, axes: tuple[int, ...], mask: Any, groups:
     return mask
 
 
-def _raw(value: Any) -> Any:
+def raw(value: Any) -> Any:
+    """Return the array of a Tensor, and anything else as it is."""
     return value.data if isinstance(value, TensorBase) else value

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from tinygrad_bn.batch_renormalization import batch_renorm_and_statistics
 from tinygrad_bn.nn.batch_norm import BatchNorm
 from tinygrad_bn.nn.conventions import BY_CONVENTION, Default
 from tinygrad_bn.nn.per_channel import Axis, ignore
-from tinygrad_bn.normalization import BatchStatistics, batch_renorm_and_statistics
+from tinygrad_bn.normalization import BatchStatistics
 
 Warmup = tuple[int, int, int]
 

@@ -1,0 +1,98 @@
+"""Functional Batch Renorm: batch norm that is corrected towards the running statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinygrad_bn.backend import accumulation_dtype
+from tinygrad_bn.normalization import (
+    Axis,
+    BatchStatistics,
+    batch_norm,
+    by_the_batch,
+    check_vectors,
+    checked_sample,
+    kept_axes,
+    raw,
+)
+from tinygrad_bn.ops.batch_norm import along
+from tinygrad_bn.ops.elementwise import clip, sqrt
+
+
+def batch_renorm(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    r_max: float = 3.0,
+    d_max: float = 5.0,
+    axis: Axis = 1,
+    correction: float = 1,
+) -> Any:
+    """Return x normalized by the batch and corrected towards the running statistics.
+
+    In training y = weight · (x̂ r + d) + bias, where x̂ is normalized by the batch, and
+    r = σ_batch / σ_running limited to [1 / r_max, r_max], d = (μ_batch - μ_running) / σ_running
+    limited to [-d_max, d_max] (σ = √(var + eps)) are constants for the gradient: unlimited,
+    training computes what evaluation does. Raise the limits from (1, 0), which is `batch_norm`, as
+    training goes on. The rest as in `batch_norm`.
+
+    Source: Ioffe, "Batch Renormalization", 2017 (arXiv:1702.03275), Algorithm 1.
+
+    >>> import numpy as np
+    >>> x = np.array([[0.0], [2.0]])
+    >>> batch_renorm(x, np.zeros(1), np.full(1, 4.0), training=True, eps=0.0)  # r = d = 1/2
+    array([[0.],
+           [1.]])
+    """
+    if not training:
+        return batch_norm(x, running_mean, running_var, weight, bias, eps=eps, axis=axis)
+    y, found = batch_renorm_and_statistics(
+        x, running_mean, running_var, weight, bias, eps, r_max=r_max, d_max=d_max, axis=axis
+    )
+    found.move(running_mean, running_var, float(momentum), correction)
+    return y
+
+
+def batch_renorm_and_statistics(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *,
+    r_max: float = 3.0,
+    d_max: float = 5.0,
+    axis: Axis = 1,
+) -> tuple[Any, BatchStatistics]:
+    """Return what `batch_renorm` returns in training, and the statistics of this batch.
+
+    The running statistics stay as they are. Arguments and errors as `batch_renorm`'s.
+    """
+    if not (r_max >= 1 and d_max >= 0):
+        raise ValueError(
+            f"batch_renorm: r_max is {r_max} and d_max {d_max}, expected r_max >= 1 and d_max >= 0"
+        )
+    axes = kept_axes("batch_renorm", x, axis)
+    vectors = {"running_mean": running_mean, "running_var": running_var}
+    check_vectors("batch_renorm", {**vectors, "weight": weight, "bias": bias}, axes, x)
+    checked_sample("batch_renorm", x, axes, None, 1)
+    wide = accumulation_dtype(x.dtype)
+    before_mean = raw(running_mean).astype(wide)
+    before_deviation = sqrt(raw(running_var).astype(wide) + float(eps))
+    x_hat, found = by_the_batch(x, None, None, None, axes, float(eps), 1)
+    shape = before_mean.shape
+    r = sqrt(found.var.reshape(shape) + float(eps)) / before_deviation
+    d = (found.mean.reshape(shape) - before_mean) / before_deviation
+    r, d = clip(r, min=1 / r_max, max=r_max), clip(d, min=-d_max, max=d_max)
+    scale = r if weight is None else weight * r
+    shift = d if weight is None else weight * d
+    shift = shift if bias is None else shift + bias
+    y = x_hat * along(scale, x.shape, axes) + along(shift, x.shape, axes)
+    return y.astype(x.dtype), found
