@@ -22,6 +22,7 @@ VARIABLE = "TINYGRAD_BN_KERNELS"
 CHOICES = ("numpy", "numba", "cuda", "generic")
 
 _chosen: ContextVar[str | None] = ContextVar("tinygrad_bn_kernels", default=None)
+_ruled_out: dict[str, str] = {}
 
 
 @contextmanager
@@ -59,9 +60,17 @@ def _checked(family: str, where: str) -> str:
 @cache
 def unusable_because(family: str) -> str | None:
     """Return why `family` cannot serve here, or None if it can."""
+    if family in _ruled_out:
+        return _ruled_out[family]
     if family == "numba" and importlib.util.find_spec("numba") is None:
         return "the package numba is not installed (pip install 'tinygrad_bn[fast]')"
     return None
+
+
+def rule_out(family: str, reason: str) -> None:
+    """Ask `family` no more: it has turned out not to work here."""
+    _ruled_out[family] = reason
+    unusable_because.cache_clear()
 
 
 def candidates(

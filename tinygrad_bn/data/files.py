@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from tinygrad_bn.backend.folders import cache_folder
 from tinygrad_bn.data.errors import DatasetCorruptError
 
 LARGEST = 1 << 26  # bytes; a wrong answer, or a gzip bomb, is given up on beyond this
@@ -35,16 +36,7 @@ def cache_directory(environ: Mapping[str, str] = os.environ, platform: str = sys
     """
     if environ.get("TINYGRAD_BN_DATA"):
         return Path(environ["TINYGRAD_BN_DATA"]).expanduser()
-    xdg = environ.get("XDG_CACHE_HOME", "")
-    if Path(xdg).is_absolute():  # the XDG specification: ignore relative paths
-        return Path(xdg) / "tinygrad_bn"
-    home = Path(os.path.expanduser("~"))  # Path.home() raises where there is no home
-    if platform == "darwin":
-        return home / "Library" / "Caches" / "tinygrad_bn"
-    if platform == "win32":
-        local = environ.get("LOCALAPPDATA")
-        return (Path(local) if local else home / "AppData" / "Local") / "tinygrad_bn" / "Cache"
-    return home / ".cache" / "tinygrad_bn"
+    return cache_folder(environ, platform)
 
 
 def verified(raw: bytes, sha256: str, source: str) -> bytes:
