@@ -51,7 +51,7 @@ def backward(
             leaf.grad = leaf.grad + g
         else:
             leaf.grad.data += g  # in place: .grad owns its memory
-            leaf.grad.version[0] += 1
+            leaf.grad.note_write()
 
 
 def grad(
@@ -179,7 +179,7 @@ def _newest_first(places: list[Any]) -> list[Any]:
             if parent is not None and parent not in seen and not isinstance(parent, TensorBase):
                 seen.add(parent)
                 stack.append(parent)
-    return sorted(seen, key=attrgetter("age"), reverse=True)
+    return sorted(seen, key=attrgetter("time"), reverse=True)
 
 
 def _leading_to(order: list[Any], targets: set[Any]) -> set[Any]:

@@ -229,7 +229,7 @@ def update_running(running: Any, value: Any, momentum: Any, counted: Any = True)
     # Written as a whole, not added to: the sum is formed in the wide dtype of `value`.
     data[...] = data + momentum * (value.reshape(data.shape) - data)
     if isinstance(running, TensorBase):
-        running.version[0] += 1
+        running.note_write()
 
 
 def batch_norm_composite(

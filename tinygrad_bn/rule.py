@@ -106,7 +106,7 @@ class _Input(_Want):
     def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
         arg = args[self.index]
         if isinstance(arg, TensorBase):
-            node.guards += ((self.index, arg.version, arg.version[0]),)
+            node.guards += ((self.index, arg.version),)
             return arg.data
         return arg
 
@@ -189,7 +189,7 @@ class _Residual(_Want):
 
 def _guarded(arg: Any, index: int, node: Node) -> Any:
     if isinstance(arg, TensorBase):
-        node.guards += ((index, arg.version, arg.version[0]),)
+        node.guards += ((index, arg.version),)
         return arg.data
     return arg
 
@@ -198,14 +198,14 @@ def _attached(value: Any, index: int, node: Node) -> Any:
     parent = node.parents[index]
     if isinstance(parent, TensorBase):
         return parent
-    if parent is None and all(i != index for i, _, _ in node.guards):
+    if parent is None and all(i != index for i, _ in node.guards):
         return value  # it came as a raw array or a number
     return _sharing_version(new_tensor(value, parent), index, node)
 
 
 def _sharing_version(tensor: Any, index: int, node: Node) -> Any:
     """Return `tensor` with the version of the original, so that later writes are seen."""
-    tensor.version = next(version for i, version, _ in node.guards if i == index)
+    tensor.version = next(version for i, version in node.guards if i == index)
     return tensor
 
 

@@ -11,7 +11,8 @@ from tinygrad_bn.backend import is_floating
 if TYPE_CHECKING:
     from tinygrad_bn.op import Op
 
-_next_age = itertools.count().__next__
+#: The clock of the tape: nodes and writes are numbered in the order in which they happen.
+_tick = itertools.count(1).__next__
 
 
 class TensorBase:
@@ -21,7 +22,8 @@ class TensorBase:
     requires_grad: whether gradients flow to it.
     grad: its accumulated gradient (a Tensor) or None.
     node: the `Node` or `Output` that made it; None for a leaf.
-    version: `[writes, recorded writes]`, one list shared by all views of one memory.
+    version: `[when it was last written to, number of recorded writes]`, one list shared by all
+        views of one memory; 0 for never.
     view_of: for a view, the number of recorded writes when it was taken; None otherwise.
     """
 
@@ -36,6 +38,10 @@ class TensorBase:
     requires_grad: bool
     version: list[int]
     view_of: int | None
+
+    def note_write(self) -> None:
+        """Note a write into this memory: a backward that needs what was there will refuse."""
+        self.version[0] = _tick()
 
 
 def new_tensor(data: Any, node: Node | Output | None = None) -> Any:
@@ -60,14 +66,14 @@ class Node:
         Tensor, or None for an input that needs no gradient.
     shape, dtype: of the output; tuples of them for several outputs.
     saved: for each rule of the op, the values it asked for; None once freed.
-    guards: `(input index, version list, writes seen)` for every saved Tensor (-1: the output).
+    guards: `(input index, version)` for every saved Tensor (-1: the output).
+    time: when it was recorded; what it saved must not have been written to since.
     retained: a weak reference to the Tensor that wants its gradient kept, or None; for several
         outputs, such references by index.
     """
 
     __slots__ = (
         "__weakref__",
-        "age",
         "dtype",
         "guards",
         "op",
@@ -75,6 +81,7 @@ class Node:
         "retained",
         "saved",
         "shape",
+        "time",
     )
 
     def __init__(self, op: Op, parents: Sequence[Any], shape: Any, dtype: Any):
@@ -83,9 +90,9 @@ class Node:
         self.shape = shape
         self.dtype = dtype
         self.saved: list[Any] | None = None
-        self.guards: tuple[tuple[int, list[int], int], ...] = ()
+        self.guards: tuple[tuple[int, list[int]], ...] = ()
         self.retained: Any = None
-        self.age = _next_age()
+        self.time = _tick()
 
     def check(self) -> None:
         """Raise RuntimeError unless everything that was saved is there and unchanged."""
@@ -94,8 +101,8 @@ class Node:
                 f"backward through {self.op.name!r} a second time: what it had saved was freed by "
                 f"the first pass; pass retain_graph=True to that one"
             )
-        for index, version, seen in self.guards:
-            if version[0] != seen:
+        for index, version in self.guards:
+            if version[0] > self.time:
                 raise RuntimeError(
                     f"backward through {self.op.name!r}: its {self.op.describe(index)} was changed "
                     f"in place after the forward; call backward first, or write to a copy"
@@ -113,14 +120,14 @@ class Output:
     Two of the same node and index are one place.
     """
 
-    __slots__ = ("__weakref__", "age", "dtype", "index", "parents", "shape")
+    __slots__ = ("__weakref__", "dtype", "index", "parents", "shape", "time")
 
     def __init__(self, node: Node, index: int):
         self.parents: tuple[Node] = (node,)
         self.index = index
         self.shape = node.shape[index]
         self.dtype = node.dtype[index]
-        self.age = node.age + 0.5  # older than all that uses it, whenever it is made
+        self.time = node.time + 0.5  # before all that uses it, whenever it is made
 
     @property
     def retained(self) -> Any:

@@ -325,7 +325,7 @@ class Tensor(TensorBase):
             self.version[1] += 1
         else:
             write(self.data, raw)
-        self.version[0] += 1
+        self.note_write()
         return self
 
     def __iadd__(self, other: Any) -> Tensor:

@@ -42,7 +42,7 @@ def write(running, value):
     """Write into running statistics, an array or a Tensor."""
     raw(running)[...] = value
     if isinstance(running, TensorBase):
-        running.version[0] += 1
+        running.note_write()
 
 
 def first_of_each_channel(p):

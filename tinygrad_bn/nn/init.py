@@ -30,7 +30,7 @@ def constant_(tensor: T, value: float) -> T:
     Tensor([0.5, 0.5], dtype=float32)
     """
     tensor.data[...] = float(value)
-    tensor.version[0] += 1
+    tensor.note_write()
     return tensor
 
 
@@ -154,5 +154,5 @@ def _deviation(name: str, tensor: Tensor, a: float, mode: str, nonlinearity: str
 
 def _written(tensor: T, values: Any) -> T:
     tensor.data[...] = creation.like(values, tensor.data)
-    tensor.version[0] += 1
+    tensor.note_write()
     return tensor

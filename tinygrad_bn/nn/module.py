@@ -276,7 +276,7 @@ class Module:
         for name, raw in incoming.items():
             tensor = own[name]
             tensor.data[...] = like(backend.as_array(raw), tensor.data)
-            tensor.version[0] += 1
+            tensor.note_write()
         return Mismatch(missing, unexpected)
 
     def _take_sizes(self, state: Mapping[str, Any], prefix: str) -> bool:
@@ -323,7 +323,7 @@ def _rehome(tensor: Tensor, convert: Callable[[Any], Any]) -> None:
     data = convert(tensor.data)
     if data is not tensor.data:
         tensor.data = data
-        tensor.version[0] += 1  # a backward that was pending needs the old one
+        tensor.note_write()  # a backward that was pending needs the old one
     if tensor.grad is not None:
         tensor.grad.data = convert(tensor.grad.data)
 

@@ -136,7 +136,7 @@ class PerChannel(Module):
             if tensor is not None:
                 where = {"dtype": tensor.dtype, "device": tensor.device}
                 tensor.data = creation.full(self._channels(), value, **where).data
-                tensor.version[0] += 1
+                tensor.note_write()
 
     def _take_sizes(self, state: Mapping[str, Any], prefix: str) -> bool:
         if self.num_features is not None:

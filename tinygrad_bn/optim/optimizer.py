@@ -122,7 +122,7 @@ class Optimizer:
                         state[name] = like(state[name], parameter.data)
                 state["step"] += 1
                 self._update(parameter.data, g, state, group)
-                parameter.version[0] += 1
+                parameter.note_write()
 
     def zero_grad(self) -> None:
         """Set `.grad` of every parameter to None."""
