@@ -4,24 +4,86 @@ It stands in for an array on a GPU. Whatever would silently work there only beca
 host memory raises here: `numpy.exp(x)`, `numpy.asarray(x)`, `x + ndarray`, `float(x)`, `if x:`.
 Results stay `StrictArray`s: reductions give 0-d arrays, as CuPy's do, never scalars. Python numbers
 mix with it; NumPy arrays and NumPy scalars do not.
+
+There are two devices. What is computed must be on the current one, as with CuPy where one GPU
+cannot reach into the other's memory. `TRAFFIC` counts what makes a host wait for a GPU. What is
+launched can be recorded: see `strict_graph.py`.
 """
 
 from __future__ import annotations
 
-from types import ModuleType, SimpleNamespace
+from collections import Counter
+from contextlib import contextmanager
+from types import ModuleType
 
 import numpy as np
 
 from tinygrad_bn.backend import Backend
+
+#: How often something was read back to the host ("read") or, with CuPy, would wait for the device
+#: to learn a size ("wait"), and how often it was copied from the host ("write").
+TRAFFIC: Counter[str] = Counter()
+
+#: The recording that is being made (of `strict_graph.py`), or None.
+TAPE = None
+
+DEVICES = 2
+_current = 0
 
 
 class ImplicitConversionError(TypeError):
     """Something took a StrictArray for a NumPy array, or the other way round."""
 
 
+class WrongDeviceError(ValueError):
+    """A StrictArray was used while another device than its own was the current one."""
+
+
+class CapturingError(RuntimeError):
+    """Something was done during a recording that CUDA refuses while a stream is capturing."""
+
+
+def count(what):
+    """Count a transfer or a wait; none is possible while work is being recorded."""
+    if TAPE is not None:
+        raise CapturingError(f"a {what} while capturing")
+    TRAFFIC[what] += 1
+
+
+@contextmanager
+def use(index):
+    """Make device `index` the current one."""
+    global _current
+    before, _current = _current, index
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def current():
+    return _current
+
+
+def _launch(function, args, kwargs, *sources):
+    """Return the result of a NumPy function on the data of StrictArrays, as StrictArrays."""
+    raw_args = [_unwrap(arg) for arg in args]
+    raw_kwargs = {key: _unwrap(value) for key, value in kwargs.items()}
+    if TAPE is not None:
+        TAPE.before(raw_args, raw_kwargs)
+    result = function(*raw_args, **raw_kwargs)
+    if TAPE is not None:
+        TAPE.after(function, raw_args, raw_kwargs, result)
+    return NotImplemented if result is NotImplemented else _wrap(result, *sources)
+
+
 def _unwrap(value):
     """Return `value` with every StrictArray in it replaced by its data; refuse NumPy's own."""
     if isinstance(value, StrictArray):
+        if value.index != _current:
+            raise WrongDeviceError(
+                f"an array on device {value.index} was used while {_current} is the current one"
+            )
         return value._data
     if isinstance(value, (np.ndarray, np.generic)):
         raise ImplicitConversionError(f"a {type(value).__name__} of NumPy met a StrictArray")
@@ -46,13 +108,14 @@ def _wrap(value, *sources):
 class StrictArray:
     """An array in memory that only `strict_array.xp` can reach."""
 
-    __slots__ = ("__weakref__", "_data", "base")
+    __slots__ = ("__weakref__", "_data", "base", "index")
     __hash__ = None
 
     def __init__(self, data: np.ndarray, base: StrictArray | None = None):
         assert type(data) is np.ndarray
         self._data = data
         self.base = base
+        self.index = _current
 
     def __repr__(self) -> str:
         return f"StrictArray({self._data!r})"
@@ -71,29 +134,57 @@ class StrictArray:
 
     def __getitem__(self, index):
         index = index if type(index) is tuple else (index,)
+        if _has_mask(index):
+            count("wait")  # how many entries there are is data
         if not any(part is Ellipsis for part in index):
             index = (*index, Ellipsis)  # a single entry is a 0-d view, as CuPy's is, not a scalar
-        return _wrap(self._data[_unwrap(index)], self)
+        return _launch(np.ndarray.__getitem__, (self, index), {}, self)
 
     def __setitem__(self, index, value):
-        self._data[_unwrap(index)] = _unwrap(value)
+        if _has_mask(index if type(index) is tuple else (index,)):
+            count("wait")  # CuPy counts the entries here too
+        _launch(np.ndarray.__setitem__, (self, index, value), {})
 
     def __deepcopy__(self, memo):
-        return StrictArray(self._data.copy())
+        return self.copy()
+
+    def item(self):
+        count("read")
+        return self._data.item()
+
+    def tolist(self):
+        count("read")
+        return self._data.tolist()
+
+    def __dlpack__(self, **options):
+        return self._data.__dlpack__()
+
+    def __dlpack_device__(self):
+        return (2, self.index)  # kDLCUDA
+
+    @property
+    def __cuda_array_interface__(self):
+        return {**self._data.__array_interface__, "version": 3}
+
+
+def _has_mask(index):
+    return any(isinstance(i, StrictArray) and i.dtype == bool for i in index)
 
 
 def _method(name):
+    function = getattr(np.ndarray, name)
+
     def method(self, *args, **kwargs):
-        kwargs = {key: _unwrap(value) for key, value in kwargs.items()}
-        result = getattr(self._data, name)(*map(_unwrap, args), **kwargs)
-        return NotImplemented if result is NotImplemented else _wrap(result, self)
+        return _launch(function, (self, *args), kwargs, self)
 
     return method
 
 
 def _in_place(name):
+    function = getattr(np.ndarray, name)
+
     def method(self, other):
-        getattr(self._data, name)(_unwrap(other))
+        _launch(function, (self, other), {})
         return self
 
     return method
@@ -103,7 +194,7 @@ _BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "
 _COMPARISONS_AND_UNARY = ["lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "abs", "invert"]
 _REDUCTIONS = ["sum", "mean", "max", "min", "var", "std", "prod", "argmax", "argmin", "any", "all"]
 _SHAPES = ["reshape", "ravel", "flatten", "transpose", "swapaxes", "squeeze", "repeat"]
-_OTHERS = ["astype", "copy", "clip", "round", "cumsum", "take", "item", "tolist", "fill", "sort"]
+_OTHERS = ["astype", "copy", "clip", "round", "cumsum", "take", "fill", "sort"]
 _FACTS = ["shape", "ndim", "size", "dtype", "nbytes", "itemsize", "strides", "flags"]
 
 for _name in [*_BINARY, *_COMPARISONS_AND_UNARY]:
@@ -118,6 +209,10 @@ for _name in _FACTS:
 StrictArray.T = property(lambda self: self.transpose())
 
 
+#: NumPy functions whose results have sizes that are data.
+_WAITING = {"nonzero", "flatnonzero", "argwhere", "unique", "extract", "compress"}
+
+
 class _Function:
     """A NumPy function, or a ufunc with `at` and `reduce`, that takes and gives StrictArrays."""
 
@@ -125,15 +220,18 @@ class _Function:
         self._function = function
 
     def __call__(self, *args, **kwargs):
-        kwargs_ = {key: _unwrap(value) for key, value in kwargs.items()}
-        result = self._function(*map(_unwrap, args), **kwargs_)
+        if getattr(self._function, "__name__", "") in _WAITING:
+            count("wait")
+        sources = (*args, *(args[0] if args and type(args[0]) in (tuple, list) else ()))
+        result = _launch(self._function, args, kwargs, *sources)
         if kwargs.get("out") is not None:
             return kwargs["out"]
         # asarray and friends give back the very array they were given.
-        for arg in args:
-            if isinstance(arg, StrictArray) and result is arg._data:
-                return arg
-        return _wrap(result, *args, *(args[0] if args and type(args[0]) in (tuple, list) else ()))
+        if isinstance(result, StrictArray):
+            for arg in args:
+                if isinstance(arg, StrictArray) and result._data is arg._data:
+                    return arg
+        return result
 
     def __getattr__(self, name):
         return _Function(getattr(self._function, name))
@@ -155,20 +253,49 @@ class _Module:
 
 xp = _Module(np)
 xp.ndarray = StrictArray
-# What `backend/cuda.py` asks CuPy for: one device, number 0, the current one.
-xp.cuda = SimpleNamespace(
-    runtime=SimpleNamespace(getDeviceCount=lambda: 1, getDevice=lambda: 0),
-)
 
 
 def strict(array) -> StrictArray:
-    """Return a copy of a NumPy array as a StrictArray."""
+    """Return a copy of a NumPy array as a StrictArray: the explicit way in."""
+    count("write")
     return StrictArray(np.array(array))
 
 
 def plain(array: StrictArray) -> np.ndarray:
     """Return a copy of a StrictArray as a NumPy array: the explicit way out."""
+    count("read")
     return array._data.copy()
+
+
+def _from_numpy(array, device):
+    _, _, index = device.partition(":")
+    with use(int(index) if index else _current):
+        return strict(array)
+
+
+class StrictDevices:
+    """Two devices (an `Accelerator`)."""
+
+    count = staticmethod(lambda: DEVICES)
+    current = staticmethod(current)
+    use = staticmethod(use)
+
+    def move(self, array, index):
+        with use(index):
+            return StrictArray(array._data.copy())
+
+    def from_dlpack(self, value):
+        return StrictArray(np.asarray(value._data))
+
+    def sender(self, index):
+        from tests.backend.strict_copies import StrictSender
+
+        return StrictSender(index)
+
+    def recorder(self, index):
+        from tests.backend.strict_graph import StrictRecorder
+
+        return StrictRecorder()
 
 
 #: It poses as the GPU, so that devices, `to` and `default_device` are exercised without one.
@@ -176,8 +303,9 @@ strict_backend = Backend(
     name="strict",
     xp=xp,
     array_type=StrictArray,
-    device_of=lambda array: "cuda:0",
-    from_numpy=lambda array, device: strict(array),
+    device_of=lambda array: f"cuda:{array.index}",
+    from_numpy=_from_numpy,
     to_numpy=plain,
     families=(),
+    accelerator=StrictDevices(),
 )

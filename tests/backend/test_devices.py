@@ -66,15 +66,19 @@ def test_cuda_without_cupy_says_that_cupy_is_missing():
 
 
 @pytest.mark.parametrize(
-    "count",
-    ["return 0", "raise CUDARuntimeError('cudaErrorNoDevice: no CUDA-capable device')"],
-    ids=["none counted", "no driver"],
+    ("count", "missing"),
+    [
+        ("return 0", "finds no GPU"),
+        ("raise CUDARuntimeError('cudaErrorNoDevice: no CUDA-capable device')", "finds no GPU"),
+        ("raise CUDARuntimeError('cudaErrorInsufficientDriver: too old')", "no CUDA driver"),
+    ],
+    ids=["none counted", "no device", "no driver"],
 )
-def test_cuda_without_a_gpu_says_that_the_gpu_is_missing(count):
+def test_cuda_without_a_driver_or_a_gpu_says_which_is_missing(count, missing):
     available, *errors = messages(FAKE_CUPY.format(count=count))
     assert available == "False"
     assert len(errors) == 3
-    assert all("CuPy is installed but" in e and "GPU" in e for e in errors)
+    assert all("CuPy is installed but" in e and missing in e for e in errors)
 
 
 def test_cuda_index_beyond_the_last_gpu_says_how_many_there_are():

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_bn.backend.accelerator import Accelerator
+
 Array = Any  # a raw array of any registered type
 
 
@@ -27,6 +29,7 @@ class Backend:
     from_numpy: (NumPy array, device string) -> array.
     to_numpy: array -> NumPy array.
     families: the kernel families that may serve its arrays, best first.
+    accelerator: its devices and what they can do; None for a library that knows the host alone.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Backend:
     from_numpy: Callable[[np.ndarray, str], Array]
     to_numpy: Callable[[Array], np.ndarray]
     families: tuple[str, ...] = ()
+    accelerator: Accelerator | None = None
 
 
 #: Array type -> Backend. `type(x) in ARRAY_TYPES` is the fast test for a proper array.
