@@ -21,7 +21,15 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
-from tinygrad_bn.backend import ARRAY_TYPES, array_module, as_array, is_array
+from tinygrad_bn.backend import (
+    ARRAY_TYPES,
+    array_module,
+    as_array,
+    copied,
+    is_array,
+    placed,
+    several_devices,
+)
 from tinygrad_bn.grad_mode import enable_grad, no_grad
 from tinygrad_bn.tape import Node, Output, TensorBase, new_tensor
 
@@ -50,7 +58,8 @@ def backward(
         elif create_graph or leaf.grad.requires_grad:
             leaf.grad = leaf.grad + g
         else:
-            leaf.grad.data += g  # in place: .grad owns its memory
+            with placed("backward", (leaf.grad.data, g)):
+                leaf.grad.data += g  # in place: .grad owns its memory
             leaf.grad.note_write()
 
 
@@ -137,7 +146,9 @@ def _walk(
     leading = set() if targets is None else _leading_to(order, targets)
     pending: dict[Any, Any] = {}  # place -> the sum of the cotangents that have reached it
     for place, seed in roots:
-        _add(pending, place, seed)
+        with placed("backward", (seed,)):
+            _add(pending, place, seed)
+    several = several_devices()
     mode = enable_grad if create_graph else no_grad
     with mode():
         for node in order:
@@ -160,14 +171,32 @@ def _walk(
             if type(g) is list:
                 g = _complete(node, g, create_graph)
             node.check()
-            grads = node.op.pull_back(node, g, needs, create_graph)
-            for parent, h in zip(node.parents, grads, strict=True):
-                if h is not None and parent is not None:
-                    _add(pending, parent, h, node)
+            if several:
+                _carry_between_devices(node, g, needs, create_graph, pending)
+            else:
+                grads = node.op.pull_back(node, g, needs, create_graph)
+                for parent, h in zip(node.parents, grads, strict=True):
+                    if h is not None and parent is not None:
+                        _add(pending, parent, h, node)
             if not retain_graph:
                 node.free()
     # What is left has no node to pass it on: the leaves.
     found.update((leaf, g) for leaf, g in pending.items() if targets is None or leaf in targets)
+
+
+def _carry_between_devices(
+    node: Any, g: Any, needs: Any, create_graph: bool, pending: dict[Any, Any]
+) -> None:
+    """Carry `g` through `node` as `_walk` does; rules and sums run on the devices of their arrays.
+
+    (Under `create_graph` they are ops on Tensors, which look after that themselves.)
+    """
+    with placed(node.op.name, g if type(g) is tuple else (g,)):
+        grads = node.op.pull_back(node, g, needs, create_graph)
+    for parent, h in zip(node.parents, grads, strict=True):
+        if h is not None and parent is not None:
+            with placed(node.op.name, (h,)):
+                _add(pending, parent, h, node)
 
 
 def _newest_first(places: list[Any]) -> list[Any]:
@@ -235,7 +264,8 @@ def _complete(node: Node, filed: list, create_graph: bool) -> tuple:
     """Return the cotangents of all outputs of `node`, zeros for those that were not used."""
     like = next(g for g in filed if g is not None)
     xp = array_module(like.data if isinstance(like, TensorBase) else like)
-    zeros = (xp.zeros(shape, dtype) for shape, dtype in zip(node.shape, node.dtype, strict=True))
+    with placed(node.op.name, (like.data if isinstance(like, TensorBase) else like,)):
+        zeros = [xp.zeros(s, dtype) for s, dtype in zip(node.shape, node.dtype, strict=True)]
     return tuple(
         (new_tensor(zero) if create_graph else zero) if g is None else g
         for g, zero in zip(filed, zeros, strict=True)
@@ -252,11 +282,13 @@ def _seed(name: str, output: TensorBase, gradient: Any, create_graph: bool) -> A
                 f"gradient of 1; pass a gradient of that shape or reduce the output, for example "
                 f"with .sum()"
             )
-        gradient = array_module(data).ones_like(data)
+        with placed(name, (data,)):
+            gradient = array_module(data).ones_like(data)
     is_tensor = isinstance(gradient, TensorBase)
     raw = gradient.data if is_tensor else gradient
-    if not is_array(raw):
-        raw = array_module(data).asarray(raw, dtype=data.dtype)
+    with placed(name, (data, raw)):
+        if not is_array(raw):
+            raw = array_module(data).asarray(raw, dtype=data.dtype)
     if raw.shape != data.shape:
         raise ValueError(
             f"{name}: the gradient has shape {raw.shape}, the output {data.shape}; make them equal"
@@ -277,7 +309,7 @@ def _own(g: Any, references: int) -> Any:
     if type(g) not in ARRAY_TYPES:
         g = as_array(g)
     elif references > _REFERENCES_OF_A_VARIABLE or g.base is not None:
-        g = g.copy()
+        g = copied(g)
     return new_tensor(g)
 
 
@@ -305,7 +337,7 @@ def _retain(node: Any, g: Any) -> None:
     tensor = node.retained()
     if tensor is None:
         return
-    g = g.copy()
+    g = g.copy() if isinstance(g, TensorBase) else copied(g)  # pyrefly: ignore
     g = g if isinstance(g, TensorBase) else new_tensor(as_array(g))
     tensor.grad = g if tensor.grad is None else tensor.grad + g
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinygrad_bn.backend import accumulation_dtype
+from tinygrad_bn.backend import accumulation_dtype, placed
 from tinygrad_bn.normalization import (
     Axis,
     BatchStatistics,
@@ -84,13 +84,14 @@ def batch_renorm_and_statistics(
     check_vectors("batch_renorm", {**vectors, "weight": weight, "bias": bias}, axes, x)
     checked_sample("batch_renorm", x, axes, None, 1)
     wide = accumulation_dtype(x.dtype)
-    before_mean = raw(running_mean).astype(wide)
-    before_deviation = sqrt(raw(running_var).astype(wide) + float(eps))
     x_hat, found = by_the_batch(x, None, None, None, axes, float(eps), 1)
-    shape = before_mean.shape
-    r = sqrt(found.var.reshape(shape) + float(eps)) / before_deviation
-    d = (found.mean.reshape(shape) - before_mean) / before_deviation
-    r, d = clip(r, min=1 / r_max, max=r_max), clip(d, min=-d_max, max=d_max)
+    with placed("batch_renorm", (raw(running_mean),)):
+        before_mean = raw(running_mean).astype(wide)
+        before_deviation = sqrt(raw(running_var).astype(wide) + float(eps))
+        shape = before_mean.shape
+        r = sqrt(found.var.reshape(shape) + float(eps)) / before_deviation
+        d = (found.mean.reshape(shape) - before_mean) / before_deviation
+        r, d = clip(r, min=1 / r_max, max=r_max), clip(d, min=-d_max, max=d_max)
     scale = r if weight is None else weight * r
     shift = d if weight is None else weight * d
     shift = shift if bias is None else shift + bias

@@ -37,8 +37,25 @@ def tensor(
     """
     array = raw_array(data, dtype, device)
     if not isinstance(data, (bool, int, float, list, tuple)):
-        array = array.copy()
+        array = backend.copied(array)
     return Tensor(array, requires_grad=requires_grad)
+
+
+def from_dlpack(value: Any) -> Tensor:
+    """Return a Tensor that shares the memory of another library's array, wherever that is.
+
+    value: anything with `__dlpack__`: an array of NumPy or CuPy, a tensor of PyTorch or JAX, ...
+
+    Raises TypeError for anything else, ValueError for devices that are neither host nor CUDA GPU.
+
+    >>> import numpy as np
+    >>> array = np.zeros(2)
+    >>> t = from_dlpack(array)
+    >>> array[:] = 1
+    >>> t
+    Tensor([1., 1.], dtype=float64)
+    """
+    return Tensor(backend.from_dlpack(value))
 
 
 def zeros(
@@ -241,7 +258,8 @@ def full_like(
     like = x.data if isinstance(x, TensorBase) else raw_array(x)
     dtype = like.dtype if dtype is None else backend.as_dtype(dtype)
     # From x's own library, so that an array type the library was only told of serves here too.
-    array = backend.array_module(like).full(like.shape, value, dtype=dtype)
+    with backend.placed("full_like", (like,)):
+        array = backend.array_module(like).full(like.shape, value, dtype=dtype)
     if device is not None:
         array = backend.to_device(array, device)
     return Tensor(array, requires_grad=requires_grad)

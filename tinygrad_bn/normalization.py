@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
-from tinygrad_bn.backend import is_floating
+from tinygrad_bn.backend import is_floating, placed
 from tinygrad_bn.ops import batch_norm as _ops
 from tinygrad_bn.ops.elementwise import relu, where
 from tinygrad_bn.tape import TensorBase
@@ -127,10 +127,11 @@ class BatchStatistics(NamedTuple):
         """
         if isinstance(self.count, int) and self.count == 0:
             return False
-        mean, var, counted = self.step(correction)
-        update_running(running_mean, mean, momentum, counted)
-        update_running(running_var, var, momentum, counted)
-        return counted
+        with placed("batch_norm", (raw(running_mean), self.mean)):
+            mean, var, counted = self.step(correction)
+            update_running(running_mean, mean, momentum, counted)
+            update_running(running_var, var, momentum, counted)
+            return counted
 
 
 def batch_norm_and_statistics(
@@ -283,7 +284,8 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def check_vectors(name: str, vectors: dict[str, Any], axes: tuple[int, ...], x: Any) -> None:
-    """Raise ValueError unless each vector has one value for every channel of x."""
+    """Raise ValueError unless each vector has one value for every channel of x, on its device."""
+    placed(name, map(raw, (x, *vectors.values())))
     channels = tuple(x.shape[a] for a in axes)
     wrong = [
         f"{what} has shape {tuple(vector.shape)}"

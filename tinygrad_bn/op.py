@@ -37,7 +37,15 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tinygrad_bn.backend import ARRAY_TYPES, as_array, is_floating, kernels, same_memory, saving
+from tinygrad_bn.backend import (
+    ARRAY_TYPES,
+    as_array,
+    is_floating,
+    kernels,
+    placed,
+    same_memory,
+    saving,
+)
 from tinygrad_bn.domain import Domain
 from tinygrad_bn.grad_mode import is_grad_enabled
 from tinygrad_bn.rule import Rule
@@ -182,7 +190,11 @@ class Op:
                 arg = arg.data
             arrays.append(arg)
             parents.append(parent)
-        out = self._run(arrays, options) if self.kernels else self.forward(*arrays, **options)
+        if len(ARRAY_TYPES) > 1:  # a GPU's arrays are about
+            with placed(self.name, arrays):
+                out = self._run(arrays, options)
+        else:
+            out = self._run(arrays, options) if self.kernels else self.forward(*arrays, **options)
         residuals: Mapping[str, Any] = _NOTHING
         if type(out) not in ARRAY_TYPES:
             if type(out) is saving:

@@ -205,6 +205,11 @@ class Tensor(TensorBase):
     def __dlpack_device__(self) -> Any:
         return self.data.__dlpack_device__()
 
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        """How other CUDA libraries reach the data; only a Tensor on a GPU has it."""
+        return self.data.__cuda_array_interface__  # an array on the host raises AttributeError
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if self.node is not None:
             raise RuntimeError(
@@ -214,7 +219,7 @@ class Tensor(TensorBase):
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(self.__getstate__())
-        twin.data = self.data.copy()
+        twin.data = backend.copied(self.data)
         twin.grad = None if self.grad is None else self.grad.detach().copy()
         return twin
 
@@ -315,16 +320,17 @@ class Tensor(TensorBase):
                 "write to a .copy()"
             )
         raw = value.data if is_tensor else value
-        if recording:
-            # Recorded first: what the rule saves must be found changed if this write changes it.
-            wanted = is_tensor and value.requires_grad
-            parents = [self.node, (value.node or value) if wanted else None]
-            result = op.record((_twin(self), value), parents, self.data, options)
-            write(self.data, raw)
-            rebase(self, result.node)
-            self.version[1] += 1
-        else:
-            write(self.data, raw)
+        with backend.placed("in-place write", (self.data, raw)):
+            if recording:
+                # Recorded first: what the rule saves must be found changed if this write changes it
+                wanted = is_tensor and value.requires_grad
+                parents = [self.node, (value.node or value) if wanted else None]
+                result = op.record((_twin(self), value), parents, self.data, options)
+                write(self.data, raw)
+                rebase(self, result.node)
+                self.version[1] += 1
+            else:
+                write(self.data, raw)
         self.note_write()
         return self
 
@@ -532,7 +538,7 @@ def raw_array(data: Any, dtype: Any = None, device: str | None = None) -> Array:
         array = backend.as_array(data)
         backend.check_numbers(array, data)
         if dtype is not None and array.dtype != dtype:
-            array = array.astype(dtype)
+            array = backend.cast(array, dtype)
         return array if device is None else backend.to_device(array, device)
     return backend.from_python(_without_tensors(data), dtype, device)
 
@@ -561,7 +567,9 @@ def _sizes(arguments: tuple[Any, ...]) -> tuple[int, ...]:
 def _raw_index(index: Any) -> Any:
     """Return an index with the Tensors in it replaced by their arrays."""
     if isinstance(index, TensorBase):
-        return index.data.copy()  # a later write must not move what the backward will look for
+        return backend.copied(
+            index.data
+        )  # a later write must not move what the backward will look for
     if isinstance(index, tuple):
         return tuple(_raw_index(part) for part in index)
     return index

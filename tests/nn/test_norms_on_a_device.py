@@ -28,11 +28,16 @@ LAYERS = [
 ]
 
 
+#: The second GPU is not the current device.
+on_each_gpu = pytest.mark.parametrize("gpu", ["cuda:0", "cuda:1"])
+
+
+@on_each_gpu
 @pytest.mark.parametrize(("make", "masked"), LAYERS)
-def test_a_step_never_waits_and_gives_what_the_cpu_gives(make, masked, strict_gpu):  # noqa: F811
-    layers = make(), make().to("cuda")
+def test_a_step_never_waits_and_gives_what_the_cpu_gives(make, masked, gpu, strict_gpu):  # noqa: F811
+    layers = make(), make().to(gpu)
     results = []
-    for layer, device in zip(layers, ("cpu", "cuda"), strict=True):
+    for layer, device in zip(layers, ("cpu", gpu), strict=True):
         x = tg.Tensor(X).to(device).requires_grad_()
         options = {"mask": tg.Tensor(MASK).to(device)} if masked else {}
         for _ in range(2):
@@ -53,26 +58,27 @@ class Masked(nn.Module):
         return self.bn(x, self.mask)
 
 
-def test_folding_converting_and_population_statistics(strict_gpu):  # noqa: F811
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_folding_converting_and_population_statistics(device, strict_gpu):  # noqa: F811
     tg.manual_seed(0)
     cpu = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
-    gpu = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).to("cuda")
+    gpu = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).to(device)
     gpu.load_state_dict(cpu.state_dict())
     rows = X.reshape(-1, 5)
-    for model, x in ((cpu, tg.Tensor(rows)), (gpu, tg.Tensor(rows).to("cuda"))):
+    for model, x in ((cpu, tg.Tensor(rows)), (gpu, tg.Tensor(rows).to(device))):
         nn.update_batch_norm(model, [x[:7], x[7:]])
         model[1].convert("keras", count=12)
     for (name, a), b in zip(cpu.state_dict().items(), gpu.state_dict().values(), strict=True):
         np.testing.assert_allclose(b.numpy(), a.numpy(), rtol=1e-6, err_msg=name)
-    masked = nn.BatchNorm1d(4, groups=2).to("cuda")
+    masked = nn.BatchNorm1d(4, groups=2).to(device)
     expected = nn.BatchNorm1d(4, groups=2)
-    for bn, device in ((masked, "cuda"), (expected, "cpu")):
-        several = Masked(bn, tg.Tensor(MASK).to(device))
-        nn.update_batch_norm(several, [tg.Tensor(X).to(device)] * 2)
+    for bn, where in ((masked, device), (expected, "cpu")):
+        several = Masked(bn, tg.Tensor(MASK).to(where))
+        nn.update_batch_norm(several, [tg.Tensor(X).to(where)] * 2)
     for a, b in zip(masked.buffers(), expected.buffers(), strict=True):
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-6)
     folded = nn.fold_batch_norm(gpu)
     assert type(folded[0].weight.data) is StrictArray
     expected = nn.fold_batch_norm(cpu)(tg.Tensor(rows)).numpy()
-    got = folded(tg.Tensor(rows).to("cuda")).numpy()
+    got = folded(tg.Tensor(rows).to(device)).numpy()
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)

@@ -18,6 +18,7 @@ from tinygrad_bn.backend.devices import (
     cuda_is_available,
     default_device,
     device_of,
+    from_dlpack,
     from_python,
     get_default_device,
     to_device,
@@ -31,6 +32,7 @@ from tinygrad_bn.backend.dtypes import (
     is_floating,
     machine_epsilon,
 )
+from tinygrad_bn.backend.placement import cast, copied, placed, several_devices
 from tinygrad_bn.backend.random import generator, manual_seed
 from tinygrad_bn.backend.residuals import saving
 
@@ -43,13 +45,16 @@ __all__ = [
     "as_array",
     "as_dtype",
     "backend_of",
+    "cast",
     "check_numbers",
     "converted",
+    "copied",
     "cuda_is_available",
     "default_device",
     "device_of",
     "float32",
     "float64",
+    "from_dlpack",
     "from_python",
     "generator",
     "get_default_device",
@@ -58,9 +63,11 @@ __all__ = [
     "is_floating",
     "machine_epsilon",
     "manual_seed",
+    "placed",
     "register_backend",
     "same_memory",
     "saving",
+    "several_devices",
     "to_device",
     "to_numpy",
 ]

@@ -101,7 +101,8 @@ def as_array(value: object, *like: object) -> Array:
 
     NumPy reductions give scalars where CuPy gives 0-d arrays; ops normalise through this.
     """
-    return backend_of(value, *like).xp.asarray(value)
+    # Not `asarray` of what is an array: CuPy would copy it to the current device.
+    return value if type(value) in ARRAY_TYPES else backend_of(value, *like).xp.asarray(value)
 
 
 def same_memory(view: Array, of: Array) -> bool:

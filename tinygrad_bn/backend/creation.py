@@ -1,6 +1,7 @@
-"""New raw arrays: filled, counted, or random. Made on the host, then moved to where they belong.
+"""New raw arrays: filled, counted, or random.
 
-Random numbers are drawn as float64 and then rounded, so a seed gives the same numbers on every
+What has one value is made where it belongs; the rest is made on the host and moved there. Random
+numbers are drawn as float64 and then rounded, so a seed gives the same numbers on every
 device and, up to rounding, in every dtype.
 """
 
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.backend.arrays import Array, backend_of
-from tinygrad_bn.backend.devices import get_default_device, to_device
+from tinygrad_bn.backend.devices import get_default_device, moved, new_on, to_device
 from tinygrad_bn.backend.dtypes import as_dtype, float32, int64, is_floating, machine_epsilon
 from tinygrad_bn.backend.random import generator
 
@@ -20,14 +21,16 @@ Shape = tuple[int, ...]
 
 def empty(shape: Shape, dtype: Any, device: str | None) -> Array:
     """Return an array whose entries are whatever the memory holds."""
-    return _moved(np.empty(shape, as_dtype(dtype or float32)), device)
+    dtype = as_dtype(dtype or float32)
+    return new_on(_named(device), lambda xp: xp.empty(shape, dtype))
 
 
 def full(shape: Shape, value: Any, dtype: Any, device: str | None) -> Array:
     """Return an array of `value`; without `dtype` a Python float gives float32."""
     if dtype is None and type(value) is float:
         dtype = float32
-    return _moved(np.full(shape, value, None if dtype is None else as_dtype(dtype)), device)
+    dtype = None if dtype is None else as_dtype(dtype)
+    return new_on(_named(device), lambda xp: xp.full(shape, value, dtype=dtype))
 
 
 def arange(start: float, stop: float, step: float, dtype: Any, device: str | None) -> Array:
@@ -78,11 +81,8 @@ def from_bytes(content: Any, dtype: Any, shape: Shape) -> np.ndarray:
 
 def like(value: Array, other: Array) -> Array:
     """Return `value` in the array library and on the device of `other`: itself if it is there."""
-    source, target = backend_of(value), backend_of(other)
-    device = target.device_of(other)
-    if source is target and source.device_of(value) == device:
-        return value
-    return target.from_numpy(source.to_numpy(value), device)
+    target = backend_of(other)
+    return moved(value, target, target.device_of(other))
 
 
 def _floating(name: str, dtype: Any) -> np.dtype:
@@ -97,4 +97,8 @@ def _floating(name: str, dtype: Any) -> np.dtype:
 
 def _moved(array: Any, device: str | None) -> Array:
     # A 0-d result of NumPy may be a scalar.
-    return to_device(np.asarray(array), get_default_device() if device is None else device)
+    return to_device(np.asarray(array), _named(device))
+
+
+def _named(device: str | None) -> str:
+    return get_default_device() if device is None else device

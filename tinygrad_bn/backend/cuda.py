@@ -26,9 +26,7 @@ def unavailable_because() -> str | None:
         import cupy  # pyrefly: ignore
     except ImportError as error:
         why = "" if error.name == "cupy" else f" properly ({error})"
-        return (
-            f"CuPy is not installed{why}: pip install 'tinygrad_bn[cuda12]' or 'tinygrad_bn[cuda13]'"
-        )
+        return f"CuPy is not installed{why}: pip install 'tinygrad_bn[cuda12]' or 'tinygrad_bn[cuda13]'"
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from tinygrad_bn.backend import arrays, cuda
 from tinygrad_bn.backend.arrays import Array, Backend, backend_of, numpy_backend
+from tinygrad_bn.backend.placement import on
 
 _default: ContextVar[str] = ContextVar("tinygrad_bn_default_device", default="cpu")
 
@@ -71,10 +72,53 @@ def device_of(array: Array) -> str:
 def to_device(array: Array, device: str) -> Array:
     """Return `array` on `device`: itself if it is there already, otherwise a copy."""
     target = backend_for(device)
+    return moved(array, target, _full_name(device))
+
+
+def moved(array: Array, target: Backend, device: str) -> Array:
+    """Return `array` in the library `target`, on the `device` of that full name."""
     source = backend_of(array)
-    if source is target and source.device_of(array) == _full_name(device):
+    if source is not target:
+        return target.from_numpy(source.to_numpy(array), device)
+    if source.device_of(array) == device:
         return array
-    return target.from_numpy(source.to_numpy(array), device)
+    accelerator: Any = target.accelerator  # a library with several devices has one
+    return accelerator.move(array, parse(device)[1])
+
+
+def new_on(device: str, make: Callable[[Any], Array]) -> Array:
+    """Return `make(xp)`, a new array, made by the library and on the device that `device` names."""
+    target = backend_for(device)
+    if target.accelerator is None:
+        return make(target.xp)
+    with on(_full_name(device)):
+        return make(target.xp)
+
+
+_ON_HOST, _ON_GPU, _PINNED, _MANAGED = 1, 2, 3, 13  # the numbers of DLPack's dlpack.h
+
+
+def from_dlpack(value: Any) -> Array:
+    """Return an array that shares the memory of `value`, an array of any library that has DLPack.
+
+    Raises TypeError for what has no DLPack, ValueError for memory that no backend here reaches.
+    """
+    if not hasattr(value, "__dlpack_device__"):
+        raise TypeError(
+            f"from_dlpack: got a {type(value).__name__}, expected an array with __dlpack__, such "
+            f"as a NumPy, CuPy, PyTorch or JAX array"
+        )
+    kind, index = value.__dlpack_device__()
+    if kind in (_ON_HOST, _PINNED):
+        return numpy_backend.xp.from_dlpack(value)
+    if kind in (_ON_GPU, _MANAGED):
+        target = cuda.backend(index)
+        with on(f"cuda:{index}"):
+            return cuda.devices(target).from_dlpack(value)
+    raise ValueError(
+        f"from_dlpack: the array is on a device of DLPack's type {int(kind)}, expected the host or "
+        f"a CUDA GPU; copy it there first"
+    )
 
 
 def from_python(data: Any, dtype: Any, device: str | None) -> Array:

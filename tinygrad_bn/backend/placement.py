@@ -7,7 +7,7 @@ one, since array libraries compute on the current device wherever the operands a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -45,6 +45,18 @@ def placed(name: str, arrays: Iterable[Any]) -> AbstractContextManager[Any]:
     return on(device)
 
 
+def copied(array: Any) -> Any:
+    """Return a copy of a raw array on the device it is on."""
+    with placed("copy", (array,)):
+        return array.copy()
+
+
+def cast(array: Any, dtype: Any) -> Any:
+    """Return a copy of a raw array in `dtype`, on the device it is on."""
+    with placed("astype", (array,)):
+        return array.astype(dtype)
+
+
 def on(device: str) -> AbstractContextManager[Any]:
     """Return a context in which the GPU named in full by `device`, "cuda:1", is the current one."""
     index = int(device.partition(":")[2])
@@ -52,13 +64,10 @@ def on(device: str) -> AbstractContextManager[Any]:
     return _HERE if accelerator.current() == index else accelerator.use(index)
 
 
-def follower() -> Callable[[Any], AbstractContextManager[Any]] | None:
-    """Return a function from an array to a context on its device, or None where there is one GPU
-    at most, so that there is nothing to follow."""
+def several_devices() -> bool:
+    """Return whether there is more than one GPU, so that work has to follow its arrays."""
     accelerator = _accelerator()
-    if accelerator is None or accelerator.count() < 2:
-        return None
-    return lambda array: placed("", (array,))
+    return accelerator is not None and accelerator.count() > 1
 
 
 def _accelerator() -> Any:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
-from tinygrad_bn.backend import float64
+from tinygrad_bn.backend import float64, placed
 from tinygrad_bn.nn.activation import Dropout, Identity
 from tinygrad_bn.nn.batch_norm import BatchNorm
 from tinygrad_bn.nn.batch_renorm import BatchRenorm
@@ -149,16 +149,17 @@ def _obstacle(before: _Step | None, bn: BatchNorm, used: Counter[int]) -> str | 
 
 def _absorb(layer: Any, bn: Any) -> Any:
     """Return `layer` with `bn` behind it as one layer; computed in float64, rounded once."""
-    tensors = layer.weight, bn.running_mean, bn.running_var
-    weight, mean, var = (tensor.data.astype(float64) for tensor in tensors)
-    scale = (var + bn.eps) ** -0.5
-    scale = scale if bn.weight is None else scale * bn.weight.data
-    bias = -mean * scale if layer.bias is None else (layer.bias.data - mean) * scale
-    bias = bias if bn.bias is None else bias + bn.bias.data
     dtype, trained = layer.weight.dtype, layer.weight.requires_grad
+    with placed("fold_batch_norm", (layer.weight.data, bn.running_mean.data)):
+        tensors = layer.weight, bn.running_mean, bn.running_var
+        weight, mean, var = (tensor.data.astype(float64) for tensor in tensors)
+        scale = (var + bn.eps) ** -0.5
+        scale = scale if bn.weight is None else scale * bn.weight.data
+        bias = -mean * scale if layer.bias is None else (layer.bias.data - mean) * scale
+        bias = (bias if bn.bias is None else bias + bn.bias.data).astype(dtype)
+        weight = (weight * scale.reshape((-1,) + (1,) * (weight.ndim - 1))).astype(dtype)
     folded = copy.copy(layer)  # the sizes; its parameters are replaced
     vars(folded)["_buffers"] = dict(layer._buffers)
-    weight = weight * scale.reshape((-1,) + (1,) * (weight.ndim - 1))
-    folded.weight = Parameter(weight.astype(dtype), requires_grad=trained)
-    folded.bias = Parameter(bias.astype(dtype), requires_grad=trained)
+    folded.weight = Parameter(weight, requires_grad=trained)
+    folded.bias = Parameter(bias, requires_grad=trained)
     return folded

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from tinygrad_bn.backend import creation
+from tinygrad_bn.backend import creation, placed
 from tinygrad_bn.tensor import Tensor
 
 T = TypeVar("T", bound=Tensor)
@@ -29,7 +29,8 @@ def constant_(tensor: T, value: float) -> T:
     >>> constant_(tg.empty(2), 0.5)
     Tensor([0.5, 0.5], dtype=float32)
     """
-    tensor.data[...] = float(value)
+    with placed("constant_", (tensor.data,)):
+        tensor.data[...] = float(value)
     tensor.note_write()
     return tensor
 
@@ -153,6 +154,7 @@ def _deviation(name: str, tensor: Tensor, a: float, mode: str, nonlinearity: str
 
 
 def _written(tensor: T, values: Any) -> T:
-    tensor.data[...] = creation.like(values, tensor.data)
+    with placed("init", (tensor.data,)):
+        tensor.data[...] = creation.like(values, tensor.data)
     tensor.note_write()
     return tensor

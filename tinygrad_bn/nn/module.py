@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from tinygrad_bn import backend
+from tinygrad_bn.backend import placed, several_devices
 from tinygrad_bn.backend.creation import like
 from tinygrad_bn.nn.parameter import Parameter
 from tinygrad_bn.tape import TensorBase
@@ -96,6 +97,10 @@ class Module:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what `forward` makes of the arguments."""
+        if several_devices() and args and isinstance(args[0], TensorBase):
+            # The current device goes with the input, for what a layer does on raw arrays.
+            with placed(type(self).__name__, (args[0].data,)):
+                return self.forward(*args, **kwargs)
         return self.forward(*args, **kwargs)
 
     # --- its parts -----------------------------------------------------------------------------
@@ -212,7 +217,7 @@ class Module:
             kept = module._dtype_for(dtype)
             for _, tensor in (*module._own_parameters(), *module._own_buffers()):
                 if backend.is_floating(tensor.dtype) and tensor.dtype != kept:
-                    _rehome(tensor, lambda array, kept=kept: array.astype(kept))
+                    _rehome(tensor, lambda array, kept=kept: backend.cast(array, kept))
         return self
 
     def _dtype_for(self, dtype: Any) -> Any:
@@ -275,7 +280,8 @@ class Module:
             )
         for name, raw in incoming.items():
             tensor = own[name]
-            tensor.data[...] = like(backend.as_array(raw), tensor.data)
+            with placed("load_state_dict", (tensor.data,)):
+                tensor.data[...] = like(backend.as_array(raw), tensor.data)
             tensor.note_write()
         return Mismatch(missing, unexpected)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from tinygrad_bn.backend import placed
 from tinygrad_bn.grad_mode import no_grad
 from tinygrad_bn.nn.batch_norm import BatchNorm
 from tinygrad_bn.nn.module import Module
@@ -127,6 +128,7 @@ def update_batch_norm(model: Module, batches: Iterable[Any]) -> None:
     for layer, population, count in zip(layers, populations, counts, strict=True):
         if count:
             running: Any = layer.running_mean, layer.running_var, layer.num_batches_tracked
-            running[0][...] = population.mean.reshape(running[0].shape)
-            running[1][...] = population.var(layer.correction).reshape(running[1].shape)
-            running[2][...] = population.batches
+            with placed("update_batch_norm", (population.mean,)):
+                running[0][...] = population.mean.reshape(running[0].shape)
+                running[1][...] = population.var(layer.correction).reshape(running[1].shape)
+                running[2][...] = population.batches

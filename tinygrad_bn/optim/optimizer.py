@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from tinygrad_bn.backend import array_module, device_of, float32
+from tinygrad_bn.backend import array_module, cast, device_of, float32, placed
 from tinygrad_bn.backend.creation import like
 from tinygrad_bn.tape import TensorBase
 from tinygrad_bn.tensor import Tensor
@@ -121,7 +121,8 @@ class Optimizer:
                     if name in state:  # the parameter may have moved to another device
                         state[name] = like(state[name], parameter.data)
                 state["step"] += 1
-                self._update(parameter.data, g, state, group)
+                with placed(f"{self._name}.step", (parameter.data, g)):
+                    self._update(parameter.data, g, state, group)
                 parameter.note_write()
 
     def zero_grad(self) -> None:
@@ -186,7 +187,7 @@ class Optimizer:
                         f"{name} of parameter {i} has shape {tuple(raw.shape)}, expected {p.shape}"
                     )
                     continue
-                fresh[name] = like(raw, p).astype(_state_dtype(p))  # astype copies
+                fresh[name] = cast(like(raw, p), _state_dtype(p))
         if problems:
             raise ValueError(
                 f"{self._name}.load_state_dict: the state does not fit, and nothing was loaded:\n  "
