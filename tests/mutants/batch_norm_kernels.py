@@ -49,7 +49,7 @@ def mutant(name, owner, attribute, change):
     """Return a mutant: `change` takes the right function and returns the wrong one."""
     wrong = change(getattr(owner, attribute))
     planted = (*_SMALL, (owner, attribute, wrong))
-    return Mutant(f"kernel: {name}", F.batch_norm, lambda: replaced(*planted))
+    return Mutant(f"kernel: {name}", F.batch_norm, planted=lambda: replaced(*planted))
 
 
 # --- changes -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import tinygrad_bn.functional  # noqa: F401  (registers every op of the library)
 from tests.mutants.textbook import textbook
+from tests.mutants.verifiers import as_batch_norm, as_op
 from tinygrad_bn.op import REGISTRY, Op
 
 
@@ -19,11 +20,13 @@ class Mutant:
 
     name: the fault, in a line.
     candidate: what is handed to the kit.
+    verify: how the kit is put to work on it, one of `verifiers`.
     planted: a context in which the fault is there, for one that sits in the library's own code.
     """
 
     name: str
     candidate: Callable[..., Any]
+    verify: Callable[[Any, int, int], None] = as_batch_norm
     planted: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __str__(self) -> str:
@@ -48,14 +51,7 @@ def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
     return decorate
 
 
-@dataclass(frozen=True)
-class OpMutant(Mutant):
-    """A wrong version of the library's op of that name."""
-
-    op: str = ""
-
-
-def op_mutant(name: str, fault: str, forward: Any = None, rule: Any = None, **rules: Any) -> Any:
+def op_mutant(name: str, fault: str, forward: Any = None, rule: Any = None, **rules: Any) -> Mutant:
     """Return a mutant of the library's op `name`: another forward, rule, or rules of some inputs.
 
     What is not given stays as it is, in the generic form: the kernels do not take part.
@@ -67,4 +63,4 @@ def op_mutant(name: str, fault: str, forward: Any = None, rule: Any = None, **ru
         rule = None if rules else right.rules[0].function
     wrong = Op(forward or right.forward, name, right.domain, right.view)
     wrong.def_vjp(rule, **rules)
-    return OpMutant(f"{name}: {fault}", wrong, op=name)
+    return Mutant(f"{name}: {fault}", wrong, as_op(name))

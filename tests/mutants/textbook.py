@@ -117,7 +117,7 @@ def textbook(*, forward=(), rule=(), given=(), given_rule=(), state=(), both=())
     """
     batch_formulas = BATCH | dict(both) | dict(forward)
     by_batch = _batch_op(batch_formulas, BATCH | dict(both) | dict(rule))
-    by_given = _given_op(GIVEN | dict(both) | dict(given), GIVEN | dict(both) | dict(given_rule))
+    by_given = given_op(GIVEN | dict(both) | dict(given), GIVEN | dict(both) | dict(given_rule))
     state = STATE | dict(state)
 
     def batch_norm(
@@ -173,7 +173,7 @@ def _batch_op(formulas, rule_formulas):
     return made(batch_norm, rule)
 
 
-def _given_op(formulas, rule_formulas):
+def given_op(formulas, rule_formulas):
     def batch_norm(x, given_mean, given_var, weight=None, bias=None, *, axis, eps):
         statistics = {"given_mean": given_mean, "given_var": given_var}
         return Sheet(formulas, x=x, weight=weight, bias=bias, axis=axis, eps=eps, **statistics).y

@@ -20,13 +20,14 @@ _FEATURES = ("axis", "mask", "groups", "correction")
 class Candidate:
     """A function with `F.batch_norm`'s signature, or the first eight arguments of it.
 
-    takes: which of axis, mask, groups and correction it accepts.
+    takes: which of axis, mask, groups and correction it accepts; "axes" if axis may be a tuple,
+        which is found out by a call.
 
     Raises TypeError for a function that cannot be called with the first eight.
 
     >>> from tinygrad_bn import functional as F
     >>> sorted(Candidate(F.batch_norm).takes)
-    ['axis', 'correction', 'groups', 'mask']
+    ['axes', 'axis', 'correction', 'groups', 'mask']
     """
 
     def __init__(self, fn: Callable[..., Any]):
@@ -35,7 +36,7 @@ class Candidate:
         try:
             signature = inspect.signature(fn)
         except (TypeError, ValueError):  # it has no signature to read: take it at its word
-            self.takes = frozenset(_FEATURES)
+            self.takes = frozenset(_FEATURES) | _several_axes(fn)
             return
         try:
             signature.bind(*_PLAIN)
@@ -47,6 +48,8 @@ class Candidate:
         named = signature.parameters
         anything = any(p.kind is p.VAR_KEYWORD for p in named.values())
         self.takes = frozenset(f for f in _FEATURES if anything or f in named)
+        if "axis" in self.takes:
+            self.takes |= _several_axes(fn)
 
     def __call__(
         self,
@@ -58,7 +61,7 @@ class Candidate:
         training: bool,
         momentum: float = 0.1,
         eps: float = 1e-5,
-        axis: int = 1,
+        axis: int | tuple[int, ...] = 1,
         **features: Any,
     ) -> Any:
         """Return what the function returns; it must be a Tensor of x's shape and dtype."""
@@ -74,6 +77,16 @@ class Candidate:
                 f"result has the dtype and the shape of x"
             )
         return y
+
+
+def _several_axes(fn: Callable[..., Any]) -> frozenset[str]:
+    """Return {"axes"} for a function that takes a tuple of channel axes, else nothing."""
+    x = Tensor(np.arange(12.0).reshape(3, 2, 2))
+    try:
+        fn(x, None, None, None, None, True, 0.1, 1e-5, axis=(1, 2))
+    except Exception:  # whatever it says to an axis that it does not know
+        return frozenset()
+    return frozenset({"axes"})
 
 
 class Pass:

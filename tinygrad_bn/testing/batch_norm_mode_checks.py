@@ -1,5 +1,5 @@
 """What `verify_batch_norm` asks beyond one pass in training: evaluation, pending passes, aliasing,
-masks and ghost batches, derivatives of derivatives."""
+derivatives of derivatives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinygrad_bn.tensor import Tensor
 from tinygrad_bn.testing.agreement import check_layouts
 from tinygrad_bn.testing.batch_norm_candidate import Candidate, Pass, plain_function
 from tinygrad_bn.testing.batch_norm_checks import NAMES, require, want
-from tinygrad_bn.testing.batch_norm_reference import WIDE, statistic_excess
+from tinygrad_bn.testing.batch_norm_reference import WIDE
 from tinygrad_bn.testing.errors import GradCheckError
 from tinygrad_bn.testing.gradients import check_double_grad, check_grad
 from tinygrad_bn.testing.invariants import check_dtypes, check_pure
@@ -117,53 +117,6 @@ def twice(candidate: Candidate, d: Any) -> None:
                 require(right, **{name: t.grad.numpy()})
             except GradCheckError as error:
                 raise GradCheckError(f"the sum over two uses: {error}") from None
-
-
-def masks(candidate: Candidate, d: Any) -> None:
-    """A mask leaves values out, or counts them several times, forward and backward."""
-    shape = tuple(1 if a == d.axis % d.x.ndim else n for a, n in enumerate(d.x.shape))
-    frequency = (np.random.default_rng(d.x.size).integers(0, 3, shape)).astype(d.x.dtype)
-    right = want(d, frequency=frequency)
-    # What does not count may be anything.
-    x = np.where(np.broadcast_to(frequency > 0, d.x.shape), d.x, np.nan)
-    done = Pass(candidate, replace(d, x=x), mask=frequency)
-    require(right, y=done.y, **done.gradients())
-
-
-def groups(candidate: Candidate, d: Any) -> None:
-    """Ghost batches are normalized each by itself; the state makes one step to their average."""
-    parts = [replace(d, x=x, cotangent=g) for x, g in zip(*_halved(d), strict=True)]
-    both = replace(
-        d,
-        x=np.concatenate([p.x for p in parts]),
-        cotangent=np.concatenate([p.cotangent for p in parts]),
-    )
-    done = Pass(candidate, both, running=True, groups=2)
-    rights = [want(p) for p in parts]
-    found = done.gradients()
-    n = parts[0].x.shape[0]
-    for i, right in enumerate(rights):
-        rows = slice(i * n, (i + 1) * n)
-        require(right, y=done.y[rows], gx=found["gx"][rows])
-    m = parts[0].count
-    news = (
-        sum(r.mean for r in rights) / 2,
-        sum(r.var for r in rights) / 2 * (WIDE(m) / (m - 1)),
-    )
-    sizes = [sum(r.scales[name] for r in rights) for name in ("mean", "var")]
-    for name, after, new, size in zip(
-        ("running_mean", "running_var"), done.state, news, sizes, strict=True
-    ):
-        old = getattr(d, name).astype(WIDE)
-        step = (1 - WIDE(d.momentum)) * old + WIDE(d.momentum) * new
-        over, where = statistic_excess(after, step, np.abs(old) + size)
-        if not over <= 1:
-            raise GradCheckError(f"{name} after a call with groups=2 is wrong {where}")
-
-
-def _halved(d: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return two batches of three rows or more: x, and x turned round; and their cotangents."""
-    return [d.x, d.x[::-1] * 1.5 + d.x.std()], [d.cotangent, d.cotangent * 0.5]
 
 
 def differences(candidate: Candidate, d: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tinygrad_bn.testing import batch_norm_checks as checks
 from tinygrad_bn.testing import batch_norm_mode_checks as modes
+from tinygrad_bn.testing import batch_norm_sample_checks as samples
 from tinygrad_bn.testing.batch_norm_candidate import Candidate
 from tinygrad_bn.testing.batch_norm_reference import WIDER
 from tinygrad_bn.testing.errors import GradCheckError, Inconclusive
@@ -25,19 +26,22 @@ class Check:
 
     share: its part of all examples, relative to the other checks.
     drawn: options of the strategy `verified_inputs`.
-    needs: the feature that the candidate must take for it; "" for none.
+    needs: the features that the candidate must take for it.
     """
 
     name: str
     run: Callable[[Candidate, Any], None]
     share: int
     drawn: dict[str, Any] = field(default_factory=dict)
-    needs: str = ""
+    needs: tuple[str, ...] = ()
 
 
 _TAME = {"dtypes": ("float64",), "max_ratio": 10.0, "max_spread": 10.0}
 _WIDE = {"dtypes": ("float32",), "large": True}
-_SMALL = {**_TAME, "small": True}
+_SECOND = {**_TAME, "small": True, "max_eps": 10.0}
+#: The second of two ghost batches is shifted and stretched: float16 must stay in its range.
+_SAMPLED = {"training": True, "max_ratio": 1e3, "max_spread": 10.0}
+_BOTH = ("mask", "groups")
 
 #: Cheap and telling ones first: most mistakes show in a single forward and backward pass.
 CHECKS = (
@@ -54,13 +58,18 @@ CHECKS = (
     Check("pending passes", modes.pending, 8, {**_TAME, "training": True}),
     Check("NaN", checks.nan, 8, {**_TAME, "training": True}),
     Check("empty batch", checks.empty, 4, {"training": True}),
-    Check("mask", modes.masks, 6, {**_TAME, "training": True}, "mask"),
-    Check("groups", modes.groups, 6, {**_TAME, "training": True}, "groups"),
+    Check("mask", samples.masks, 8, _SAMPLED, ("mask",)),
+    Check("groups", samples.groups, 6, _SAMPLED, ("groups",)),
+    Check("masked groups", samples.masked_groups, 6, _SAMPLED, _BOTH),
+    Check("too few values", samples.too_few, 4, _SAMPLED, ("mask",)),
+    Check("large parts", samples.masked_groups, 3, {**_SAMPLED, **_WIDE}, _BOTH),
+    Check("several axes", samples.several_axes, 6, {**_TAME, "training": True}, ("axes",)),
     Check("dtypes", modes.dtypes, 4, _TAME),
     Check("purity", modes.purity, 8, _TAME),
     Check("laws", modes.laws, 10, _TAME),
     Check("differences", modes.differences, 8, _TAME),
-    Check("second order", modes.second_order, 14, {**_SMALL, "max_eps": 10.0}),
+    Check("second order", modes.second_order, 14, _SECOND),
+    Check("masked second order", samples.second_order, 6, _SECOND, ("mask",)),
     Check("layouts", modes.layouts, 8, _TAME),
 )
 
@@ -101,7 +110,7 @@ def verify_batch_norm(
         raise ValueError(f"verify_batch_norm: max_examples is {max_examples}, expected at least 1")
     seed = fresh_seed(seed)
     subject = Candidate(candidate)
-    asked = [c for c in CHECKS if not c.needs or c.needs in subject.takes]
+    asked = [c for c in CHECKS if subject.takes.issuperset(c.needs)]
     tried = dict.fromkeys((c.name for c in asked), 0)
     rejected: dict[str, str] = {}
     for number, part in enumerate(_rounds(asked, max_examples)):

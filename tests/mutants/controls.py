@@ -1,0 +1,17 @@
+"""What is right, and what the mutants are made of.
+
+A kit that objects to one of these with some seed would "kill" every mutant with it.
+"""
+
+from tests.mutants.batch_norm_kernels import small_blocks
+from tests.mutants.mutant import Mutant
+from tests.mutants.textbook import textbook
+from tests.mutants.textbook_samples import textbook_of_samples
+from tinygrad_bn import functional as F
+
+CONTROLS = (
+    Mutant("F.batch_norm", F.batch_norm),
+    Mutant("the kernels in small blocks", F.batch_norm, planted=small_blocks),
+    Mutant("the textbook", textbook()),
+    Mutant("the textbook with masks and ghost batches", textbook_of_samples()),
+)

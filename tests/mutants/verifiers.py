@@ -1,0 +1,30 @@
+"""How the kit is put to work on a candidate: (candidate, max_examples, seed) -> None, or it raises.
+
+All of them raise GradCheckError, which says by which check and after how many examples; none looks
+for a simpler failing input, since only the verdict matters here.
+"""
+
+from tinygrad_bn import testing
+from tinygrad_bn.op import REGISTRY
+from tinygrad_bn.testing.strategies import op_inputs
+
+
+def as_batch_norm(candidate, max_examples, seed):
+    """Verify anything with the signature of `F.batch_norm`."""
+    testing.verify_batch_norm(candidate, max_examples=max_examples, seed=seed, shrink=False)
+
+
+def as_op(name):
+    """Return a verifier of ops, right or wrong, against the library's op of that name."""
+
+    def verify(candidate, max_examples, seed):
+        testing.verify(
+            candidate,
+            op_inputs(candidate),
+            reference=REGISTRY[name],
+            max_examples=max_examples,
+            seed=seed,
+            shrink=False,
+        )
+
+    return verify
