@@ -15,7 +15,6 @@ from tinygrad_bn.normalization import (
     kept_axes,
     raw,
 )
-from tinygrad_bn.ops.batch_norm import along
 from tinygrad_bn.ops.elementwise import clip, sqrt
 
 
@@ -84,7 +83,8 @@ def batch_renorm_and_statistics(
     check_vectors("batch_renorm", {**vectors, "weight": weight, "bias": bias}, axes, x)
     checked_sample("batch_renorm", x, axes, None, 1)
     wide = accumulation_dtype(x.dtype)
-    x_hat, found = by_the_batch(x, None, None, None, axes, float(eps), 1)
+    # r and d go into weight and bias, so that y is rounded once; they need the statistics first.
+    _, found = by_the_batch(raw(x), None, None, None, axes, float(eps), 1)
     with placed("batch_renorm", (raw(running_mean),)):
         before_mean = raw(running_mean).astype(wide)
         before_deviation = sqrt(raw(running_var).astype(wide) + float(eps))
@@ -95,5 +95,5 @@ def batch_renorm_and_statistics(
     scale = r if weight is None else weight * r
     shift = d if weight is None else weight * d
     shift = shift if bias is None else shift + bias
-    y = x_hat * along(scale, x.shape, axes) + along(shift, x.shape, axes)
-    return y.astype(x.dtype), found
+    y, _ = by_the_batch(x, scale, shift, None, axes, float(eps), 1)
+    return y, found

@@ -9,9 +9,9 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
-from tinygrad_bn.backend import is_floating, placed
+from tinygrad_bn.backend import is_floating, largest, placed
 from tinygrad_bn.ops import batch_norm as _ops
-from tinygrad_bn.ops.elementwise import relu, where
+from tinygrad_bn.ops.elementwise import clip, relu, where
 from tinygrad_bn.tape import TensorBase
 
 Axis = int | tuple[int, ...]
@@ -36,8 +36,9 @@ def batch_norm(
 
     x: (N, C, *spatial), or any shape with its channels along `axis`; floating.
     running_mean, running_var: one value per channel, arrays or Tensors. In training they are
-        updated in place: r ← (1 - momentum) · r + momentum · (statistic of the batch); otherwise
-        they are what x is normalized by.
+        updated in place: r ← (1 - momentum) · r + momentum · (statistic of the batch), and stay
+        within their dtype: a variance beyond it becomes its largest number. Otherwise they are
+        what x is normalized by.
     weight, bias: one value per channel; None means 1 and 0.
     training: normalize by the statistics of this batch. Without running statistics that is done
         in any case.
@@ -223,12 +224,17 @@ def update_running(running: Any, value: Any, momentum: Any, counted: Any = True)
     """Write (1 - momentum) · running + momentum · value into `running` (array or Tensor).
 
     counted: whether there is a value at all; an array of one boolean where only a device knows.
+
+    What is beyond the dtype of `running` becomes its largest number: from infinity, no later batch
+    would bring it back.
     """
     data = raw(running)
     if counted is not True:
         momentum = where(counted, momentum, 0.0)
     # Written as a whole, not added to: the sum is formed in the wide dtype of `value`.
-    data[...] = data + momentum * (value.reshape(data.shape) - data)
+    moved = data + momentum * (value.reshape(data.shape) - data)
+    most = largest(data.dtype)
+    data[...] = clip(moved, min=-most, max=most)
     if isinstance(running, TensorBase):
         running.note_write()
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.ops.batch_norm_cases import cases, reference
+from tests.ops.batch_norm_cases import Case, cases, reference
 from tinygrad_bn.backend.kernels import use_kernels
 from tinygrad_bn.kernels.cpu import channel_blocks, numpy_batch_norm, numpy_batch_norm_given
 from tinygrad_bn.ops.batch_norm import batch_norm, batch_norm_given
@@ -84,6 +84,44 @@ def test_evaluation_kernel_matches_the_generic_form(case):
     gamma = 1 if case.weight is None else np.abs(case.weight)
     scale = gamma * (np.abs(case.x).max(axis=case.reduced) + np.abs(mean)) / np.sqrt(var + case.eps)
     assert (np.abs(got - expected) <= 1e-6 * case.along(scale + 1)).all()
+
+
+@given(case=cases(dtype=np.float32, max_offset=1e3), groups=st.sampled_from([1, 2, 3]))
+def test_groups_are_batches_of_their_own(case, groups):
+    assume(0 not in case.axis and _together(list(range(case.x.ndim)), case.axis))
+    x, g = (np.concatenate([a, a[::-1] * 2, a + 1][:groups]) for a in (case.x, case.g))
+    got = numpy_batch_norm.forward(
+        x, case.weight, case.bias, axis=case.axis, eps=case.eps, groups=groups
+    )
+    saved = got.residuals
+    arguments = (case.axis, case.eps, groups, (1, 1, 1))
+    grads = numpy_batch_norm.vjp(
+        g, x, case.weight, case.bias, None, saved["mean"], saved["var"], *arguments
+    )
+    with use_kernels("generic"):
+        _, expected = batch_norm.call_with_residuals(x, axis=case.axis, eps=case.eps, groups=groups)
+    assert saved["mean"].shape == expected["mean"].shape and saved["count"] == expected["count"]
+    sums = np.zeros((2, *grads[1].shape))
+    n = len(case.x)
+    for i in range(groups):
+        part = slice(i * n, (i + 1) * n)
+        one = Case(x[part], case.weight, case.bias, g[part], case.axis, case.eps)
+        right = reference(one)
+        found = right.errors(y=got.out[part], gx=grads[0][part])
+        assert max(found.values()) < 1e-5
+        sums += right.gweight, right.gbias
+    scale = np.abs(g).sum(axis=case.reduced) * np.sqrt(n * groups)
+    assert (np.abs(grads[1:3] - sums) <= 1e-5 * scale).all()
+
+
+def test_a_stray_first_value_does_not_spoil_the_variance():
+    # The shift is then far from the data, and sums of squares about it cancel.
+    x = np.random.default_rng(0).standard_normal((100_000, 2)).astype(np.float32)
+    x[0] = 1e5
+    blocks = numpy_batch_norm.blocks_for(x, (1,))
+    mean, var = numpy_batch_norm._statistics(blocks, blocks.lay(x))
+    np.testing.assert_allclose(mean, x.mean(axis=0, dtype=np.float64), rtol=1e-7)
+    np.testing.assert_allclose(var, x.var(axis=0, dtype=np.float64), rtol=1e-5)
 
 
 def test_inputs_are_not_written_and_gx_is_left_out_when_not_needed():

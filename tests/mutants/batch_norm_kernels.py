@@ -93,6 +93,10 @@ def offset_forgotten(statistics):
     return call
 
 
+def about_zero(statistics):
+    return lambda blocks, laid: numpy_batch_norm._statistics_about(blocks, laid, None)
+
+
 def low_part_dropped(high_part):
     def call(blocks, mean, var):
         return None if high_part(blocks, mean, var) is None else mean
@@ -100,10 +104,10 @@ def low_part_dropped(high_part):
     return call
 
 
-def shift_of_the_first_channel(shift):
-    def call(blocks, laid):
-        vector = shift(blocks, laid)
-        return None if vector is None else np.full_like(vector, vector[0])
+def shift_of_the_first_channel(statistics_about):
+    def call(blocks, laid, shift):
+        shift = None if shift is None else np.full_like(shift, shift[0])
+        return statistics_about(blocks, laid, shift)
 
     return call
 
@@ -153,12 +157,8 @@ def counting_without_tail(init):
     return call
 
 
-def summing_in_half_precision(init):
-    def call(blocks, shape, dtype, *args):
-        init(blocks, shape, dtype, *args)
-        blocks.dtype = np.dtype(dtype)
-
-    return call
+def without_widening(widen):
+    return lambda block, name: block
 
 
 def first_thread_alone(share_out):
@@ -200,7 +200,7 @@ def sums_swapped(sums):
 
 def affine_with(**changes):
     """Return a change of `affine` that replaces some of its arguments by functions of them."""
-    names = ("blocks", "laid", "mean", "var", "weight", "bias", "eps")
+    names = ("blocks", "laid", "mean", "var", "weight", "bias", "eps", "out")
 
     def change(affine):
         def call(*args):
@@ -227,11 +227,12 @@ KERNELS = [
     mutant("values spread without regard to the cut", Blocks, "spread", ignoring_the_cut),
     mutant("shift not added back to the mean", _K, "_statistics", shift_not_added_back),
     mutant("offset from the shift left in the variance", _K, "_statistics", offset_forgotten),
-    mutant("no shift", _K, "_shift", lambda shift: lambda blocks, laid: None),
-    mutant("shift of the first channel for all", _K, "_shift", shift_of_the_first_channel),
+    mutant("sums about 0 alone", _K, "_statistics", about_zero),
+    mutant("shift of the first channel for all", _K, "_statistics_about",
+           shift_of_the_first_channel),
     mutant("low part of the mean dropped", _K, "_high_part", low_part_dropped),
     mutant("no high part of the mean", _K, "_high_part", lambda high: lambda *args: None),
-    mutant("float16 summed in float16", Blocks, "__init__", summing_in_half_precision),
+    mutant("float16 summed in float16", _K, "widen", without_widening),
     mutant("result handed out in scratch memory", Blocks, "empty", handing_out_scratch),
     mutant("axes not put back", Blocks, "back", axes_not_put_back),
     mutant("backward: x̂ term missing", _K, "_combine", without(5)),

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinygrad_bn as tg
+from tinygrad_bn import functional as F
 from tinygrad_bn import nn
 
 
@@ -102,3 +103,27 @@ def test_a_mask_is_refused_and_the_text_names_the_limits():
     with pytest.raises(ValueError, match="takes no mask"):
         nn.BatchRenorm(3)(batches(1)[0], np.ones((8, 1)))
     assert "r_max=3.0, d_max=5.0, warmup=(5000, 40000, 25000)" in repr(nn.BatchRenorm(3))
+
+
+@pytest.mark.parametrize("shape", [(8, 3), (64, 3, 8, 8)])
+def test_float16_is_rounded_once(shape):
+    rng = np.random.default_rng(5)
+    x = rng.normal(1, 2, shape).astype(np.float16)
+    mean, var = rng.normal(0, 1, 3).astype(np.float32), rng.uniform(1, 9, 3).astype(np.float32)
+    weight, bias = rng.normal(0, 1, (2, 3)).astype(np.float32)
+    y = F.batch_renorm(x, mean.copy(), var.copy(), weight, bias, training=True)
+    along = (1, 3) + (1,) * (len(shape) - 2)
+    axes = tuple(i for i in range(len(shape)) if i != 1)
+    wide = x.astype(np.longdouble)
+    mean, var, weight, bias = (
+        v.astype(np.longdouble).reshape(along) for v in (mean, var, weight, bias)
+    )
+    batch_mean = wide.mean(axis=axes, keepdims=True)
+    batch_sigma = np.sqrt(wide.var(axis=axes, keepdims=True) + 1e-5)
+    sigma = np.sqrt(var + 1e-5)
+    r = np.clip(batch_sigma / sigma, 1 / 3, 3)
+    d = np.clip((batch_mean - mean) / sigma, -5, 5)
+    right = weight * ((wide - batch_mean) / batch_sigma * r + d) + bias
+    half_unit = np.spacing(np.abs(right.astype(np.float16))).astype(np.float64) / 2
+    # Besides that rounding, float32 work: some 10 roundings of numbers up to 10.
+    assert y.dtype == np.float16 and (np.abs(y - right) <= half_unit + 1e-5).all()

@@ -30,6 +30,7 @@ from tinygrad_bn.backend.dtypes import (
     float64,
     int64,
     is_floating,
+    largest,
     machine_epsilon,
 )
 from tinygrad_bn.backend.placement import cast, copied, placed, several_devices
@@ -61,6 +62,7 @@ __all__ = [
     "int64",
     "is_array",
     "is_floating",
+    "largest",
     "machine_epsilon",
     "manual_seed",
     "placed",

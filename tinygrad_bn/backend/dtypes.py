@@ -60,3 +60,14 @@ def machine_epsilon(dtype: np.dtype) -> float:
     if dtype.name == "bfloat16":
         return 2.0**-7
     return float(np.finfo(dtype).eps)
+
+
+def largest(dtype: np.dtype) -> float:
+    """Return the largest finite number of `dtype`.
+
+    >>> largest(float32)
+    3.40282347e+38
+    """
+    if dtype.name == "bfloat16":
+        return (2 - 2.0**-7) * 2.0**127
+    return float(np.finfo(dtype).max)

@@ -8,7 +8,8 @@ matrix-with-row, and the sum over rows is a matrix product with ones.
     NCHW: (N, C · H · W)                NHWC: (N · H · W / G, G · C), G periods to a row
 
 Periods that do not fill a row form a second matrix of one row, the tail. Rows wider than a block
-are cut into column ranges.
+are cut into column ranges. Groups, parts of axis 0 with statistics of their own, are walked over
+one after another.
 """
 
 from __future__ import annotations
@@ -60,24 +61,36 @@ def memory_order(x: Array, axis: Axes) -> tuple[int, ...] | None:
 
 
 class Blocks:
-    """How to walk over tensors of one shape, dtype, choice of channel axes and order in memory."""
+    """How to walk over tensors of one shape, dtype, choice of channel axes and order in memory.
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, axis: Axes, order: tuple[int, ...]):
+    dtype: of the work. groups: into how many parts the outermost axis in memory is split.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        axis: Axes,
+        order: tuple[int, ...],
+        groups: int = 1,
+    ):
         sizes = [shape[i] for i in order]
         first = order.index(axis[0])
         self.order = order
         self.inverse = tuple(int(i) for i in np.argsort(order))
         self.sizes = tuple(sizes)
-        self.dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+        self.dtype = dtype
+        self.groups = groups
         self.channels = math.prod(sizes[first : first + len(axis)])
         self.run = math.prod(sizes[first + len(axis) :])  # S
         self.period = self.channels * self.run
-        periods = math.prod(sizes[:first])
+        periods = math.prod(sizes[:first]) // groups
         self.m = periods * self.run
         group = min(periods, -(-SHORTEST_ROW // self.period))
         self.rows, self.width = periods // group, group * self.period
         self.tail = (periods % group) * self.period
-        self.kept_shape = tuple(size if i in axis else 1 for i, size in enumerate(shape))
+        kept = tuple(size if i in axis else 1 for i, size in enumerate(shape))
+        self.kept_shape = kept if groups == 1 else (groups, *kept)
 
     def tasks(self) -> list[Task]:
         """Return all blocks, those with the same columns one after another."""
@@ -113,6 +126,10 @@ class Blocks:
     def empty(self, dtype: np.dtype) -> Array:
         """Return an uninitialised array as `lay` would give it."""
         return np.empty(self.sizes, dtype)
+
+    def parts(self, laid: Array) -> Sequence[Array]:
+        """Return what lies in each group of what `lay` gave: views."""
+        return list(laid.reshape(self.groups, -1))
 
     def back(self, laid: Array) -> Array:
         """Return what `lay` gave, or an array like it, with its axes as they were."""
