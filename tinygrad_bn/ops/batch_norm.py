@@ -274,7 +274,9 @@ def _(
     return (gx, gweight, gbias if needs[2] else None, None)[: len(needs)]
 
 
-batch_norm.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_batch_norm")
+batch_norm.use_kernels(
+    numpy="tinygrad_bn.kernels.cpu.numpy_batch_norm", cuda="tinygrad_bn.kernels.cuda.batch_norm"
+)
 
 
 # --- with given statistics -------------------------------------------------------------------
@@ -329,4 +331,7 @@ def _(
     )
 
 
-batch_norm_given.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_batch_norm_given")
+batch_norm_given.use_kernels(
+    numpy="tinygrad_bn.kernels.cpu.numpy_batch_norm_given",
+    cuda="tinygrad_bn.kernels.cuda.batch_norm_given",
+)

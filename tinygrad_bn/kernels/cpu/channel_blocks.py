@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinygrad_bn.kernels.cpu import threads
+from tinygrad_bn.kernels.layout import dense_order as dense_order
+from tinygrad_bn.kernels.layout import memory_order as memory_order
 
 Array = np.ndarray
 Axes = tuple[int, ...]
@@ -41,23 +43,6 @@ class Task(NamedTuple):
     right: int
     top: int
     bottom: int
-
-
-def dense_order(x: Array) -> tuple[int, ...] | None:
-    """Return the order of axes in which x lies in memory without gaps, None if there is none."""
-    if x.flags.c_contiguous:
-        return tuple(range(x.ndim))
-    order = tuple(sorted(range(x.ndim), key=lambda i: (-x.strides[i], i)))
-    return order if x.transpose(order).flags.c_contiguous else None
-
-
-def memory_order(x: Array, axis: Axes) -> tuple[int, ...] | None:
-    """Return `dense_order` if the channel axes lie together in it, in x's order; else None."""
-    order = dense_order(x)
-    if order is None:
-        return None
-    first = order.index(axis[0])
-    return order if order[first : first + len(axis)] == axis else None
 
 
 class Blocks:

@@ -1,0 +1,26 @@
+"""Every program that the wrappers of `kernels/cuda/` can ask for, by file and definitions."""
+
+from itertools import product
+
+from tinygrad_bn.kernels.cuda import launch
+
+
+def batch_norm():
+    for element, columns, relu in product(("float", "Half", "BFloat16", "double"), (0, 1), (0, 1)):
+        wide = {"float": 4, "double": 2}.get(element, 4 if columns else 8)
+        for vector in (wide, 1):
+            yield {
+                "ELEMENT": element,
+                "VECTOR": vector,
+                "COLUMNS": columns,
+                "RELU": relu,
+                "THREADS": 256,
+            }
+
+
+#: File -> the definitions it is compiled with.
+PROGRAMS = {"batch_norm.cu": list(batch_norm())}
+
+
+def source(file, defines):
+    return launch.source(file, **defines)

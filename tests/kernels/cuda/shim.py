@@ -1,0 +1,161 @@
+"""A runtime that runs the text of a CUDA kernel on the CPU: compiled by g++ behind `shim.h`.
+
+    with launch.use_runtime(ShimRuntime()):
+        ...                     # kernels take NumPy arrays for arrays on a GPU
+
+`on_cuda_kernels` also has ops on NumPy arrays served by the family `cuda`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import getpass
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinygrad_bn.backend import ARRAY_TYPES, kernels
+from tinygrad_bn.kernels.cuda import channel_tiles, launch
+
+HEADER = Path(__file__).with_name("shim.h")
+COMPILER = os.environ.get("CXX", "g++")
+# -O1 compiles fastest among what runs fast enough; a GPU contracts no more than fma() says here.
+OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE")
+
+#: Small, so that small arrays have several blocks of several warps, and more blocks than fit.
+DEVICE = launch.Device(
+    multiprocessors=3, threads=256, shared=32768, shared_per_block=16384, cooperative=True
+)
+
+
+def missing() -> str | None:
+    """Return why kernels cannot run here, or None if they can."""
+    if not sys.platform.startswith("linux"):
+        return "the shim's fibers are written for Linux"
+    return None if shutil.which(COMPILER) else f"there is no C++ compiler {COMPILER!r}"
+
+
+class ShimRuntime:
+    """A `launch.Runtime` whose device is the CPU and whose arrays are NumPy's.
+
+    device: what the wrappers are told of it.
+    backwards: run the last thread and the last block first.
+    launched: the kernels that ran, as (name, blocks, threads).
+    """
+
+    def __init__(self, device: launch.Device = DEVICE, backwards: bool = False):
+        self.device = device
+        self.backwards = backwards
+        self.launched: list[tuple[str, int, int]] = []
+
+    def current_device(self) -> int:
+        return 0
+
+    def properties(self, index: int) -> launch.Device:
+        return self.device
+
+    def on_device_of(self, array):
+        return nullcontext()
+
+    def address(self, array) -> int:
+        return _host(array).ctypes.data
+
+    def compile(self, text: str) -> ctypes.CDLL:
+        return ctypes.CDLL(str(compiled(text)))
+
+    def function(self, module: ctypes.CDLL, name: str):
+        return name, module[f"shim_launch_{name}"], module[f"shim_parameters_{name}"]()
+
+    def resident_blocks(self, function, threads: int, shared: int) -> int:
+        by_memory = self.device.shared // shared if shared else 16
+        return min(by_memory, self.device.threads // threads)
+
+    def launch(self, function, blocks, threads, shared, arguments, cooperative) -> None:
+        name, entry, parameters = function
+        assert len(arguments) == parameters, f"{name} takes {parameters}, not {len(arguments)}"
+        assert 0 < blocks < 2**31 and 0 < threads <= 1024
+        assert shared <= self.device.shared_per_block, f"{name}: {shared} bytes of shared memory"
+        if cooperative:
+            room = self.resident_blocks(function, threads, shared) * self.device.multiprocessors
+            assert blocks <= room, f"{name}: {blocks} blocks are not resident at once, {room} are"
+        slots = [_slot(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(slots))(*(ctypes.addressof(s) for s in slots))
+        sizes = (ctypes.c_uint * 3)(blocks, 1, 1), (ctypes.c_uint * 3)(threads, 1, 1)
+        self.launched.append((name, blocks, threads))
+        failed = entry(
+            *sizes, ctypes.c_size_t(shared), int(cooperative), int(self.backwards), pointers
+        )
+        if failed:
+            raise DeadlockError(f"{name}: threads wait for ever")
+
+
+class DeadlockError(RuntimeError):
+    """A kernel's threads wait for what never happens."""
+
+
+def _slot(argument):
+    """Return one argument as the eight bytes that the kernel takes."""
+    if type(argument) is int:
+        return ctypes.c_int64(argument)
+    if type(argument) is float:
+        return ctypes.c_double(argument)
+    return ctypes.c_int64(_host(argument).ctypes.data)
+
+
+def _host(array) -> np.ndarray:
+    return array if type(array) is np.ndarray else array._data
+
+
+def compiled(text: str) -> Path:
+    """Return the library that g++ makes of a kernel's text; compiled once and kept."""
+    names = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", text)
+    exports = "".join(f"SHIM_EXPORT({name})\n" for name in names)
+    whole = HEADER.read_text(encoding="utf-8") + text + "\n" + exports
+    key = hashlib.sha256(repr((COMPILER, OPTIONS, whole)).encode()).hexdigest()[:32]
+    folder = Path(tempfile.gettempdir()) / f"tinygrad_bn-shim-{getpass.getuser()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / f"{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            path, made = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
+            path.write_text(whole, encoding="utf-8")
+            command = [COMPILER, *OPTIONS, "-o", str(made), str(path)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"g++ refuses the kernel:\n{done.stderr[:4000]}")
+            made.replace(library)  # whole, or not there: another process may look for it
+    return library
+
+
+@contextmanager
+def on_cuda_kernels(runtime: ShimRuntime):
+    """Have the family `cuda` serve ops on NumPy arrays inside the `with` block, by `runtime`."""
+    before = ARRAY_TYPES[np.ndarray]
+    ARRAY_TYPES[np.ndarray] = replace(before, families=("cuda",))
+    try:
+        with launch.use_runtime(runtime), kernels.use_kernels("cuda"):
+            yield runtime
+    finally:
+        ARRAY_TYPES[np.ndarray] = before
+
+
+@contextmanager
+def small_tiles():
+    """Have small arrays cut into many tiles of several blocks inside the `with` block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(channel_tiles, "THREADS", 64)
+        patch.setattr(channel_tiles, "LONG_RUN", 12)
+        patch.setattr(channel_tiles, "WIDTH", 3)
+        patch.setattr(channel_tiles, "BLOCKS_PER_MULTIPROCESSOR", 4)
+        patch.setattr(channel_tiles, "VECTORS_PER_BLOCK", 4)
+        yield
