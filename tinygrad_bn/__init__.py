@@ -22,6 +22,8 @@ from tinygrad_bn.backend import (
 from tinygrad_bn.backend import (
     kernels as _kernels,
 )
+from tinygrad_bn.backend.recording import CaptureError
+from tinygrad_bn.capture import capture
 from tinygrad_bn.creation import (
     arange,
     empty,
@@ -53,8 +55,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CaptureError",
     "Tensor",
     "arange",
+    "capture",
     "concatenate",
     "cuda_is_available",
     "data",

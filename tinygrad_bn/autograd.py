@@ -30,6 +30,7 @@ from tinygrad_bn.backend import (
     placed,
     several_devices,
 )
+from tinygrad_bn.backend.recording import watching
 from tinygrad_bn.grad_mode import enable_grad, no_grad
 from tinygrad_bn.tape import Node, Output, TensorBase, new_tensor
 
@@ -51,8 +52,11 @@ def backward(
     roots = [(_place(output), seed)]
     leaves: dict[Any, Any] = {}
     _walk(roots, None, leaves, create_graph, create_graph if retain_graph is None else retain_graph)
+    watch: Any = watching()
     while leaves:
         leaf, g = leaves.popitem()
+        if watch is not None:
+            watch.saw_gradient(leaf)
         if leaf.grad is None:
             leaf.grad = _own(g, sys.getrefcount(g))
         elif create_graph or leaf.grad.requires_grad:

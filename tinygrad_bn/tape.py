@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinygrad_bn.backend import is_floating
+from tinygrad_bn.backend.recording import each_time
 
 if TYPE_CHECKING:
     from tinygrad_bn.op import Op
@@ -41,6 +42,9 @@ class TensorBase:
 
     def note_write(self) -> None:
         """Note a write into this memory: a backward that needs what was there will refuse."""
+        each_time(self._mark_written)
+
+    def _mark_written(self) -> None:
         self.version[0] = _tick()
 
 

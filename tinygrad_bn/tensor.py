@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tinygrad_bn import autograd, backend
+from tinygrad_bn.backend.recording import refuse
 from tinygrad_bn.grad_mode import is_grad_enabled
 from tinygrad_bn.ops import elementwise as _e
 from tinygrad_bn.ops import indexing as _i
@@ -146,11 +147,11 @@ class Tensor(TensorBase):
         """Return the only entry as a Python number; ValueError if there is not exactly one."""
         if self.size != 1:
             raise ValueError(f"item: the Tensor has shape {self.shape}, expected exactly one entry")
-        return self.data.item()
+        return self._read("item").item()
 
     def tolist(self) -> Any:
         """Return the entries as nested lists of Python numbers."""
-        return self.data.tolist()
+        return self._read("tolist").tolist()
 
     def detach(self) -> Tensor:
         """Return a Tensor that shares the memory and takes no part in the graph."""
@@ -187,7 +188,12 @@ class Tensor(TensorBase):
                 f"{what}() of a Tensor of shape {self.shape}: only a single entry has one value; "
                 f"reduce it first, for example with .sum() or .max()"
             )
-        return self.data.item()
+        return self._read(what).item()
+
+    def _read(self, what: str) -> Array:
+        """Return the data, to be read on the host."""
+        refuse(f"reads a value ({what}() of a Tensor)", "return the Tensor, and read it afterwards")
+        return self.data
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         if self.requires_grad:

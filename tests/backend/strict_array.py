@@ -65,13 +65,21 @@ def current():
     return _current
 
 
+def computed(function, args, kwargs):
+    """Return what a NumPy function gives, with scalars as 0-d arrays."""
+    result = function(*args, **kwargs)
+    if type(result) is tuple:
+        return tuple(np.asarray(r) if isinstance(r, np.generic) else r for r in result)
+    return np.asarray(result) if isinstance(result, np.generic) else result
+
+
 def _launch(function, args, kwargs, *sources):
     """Return the result of a NumPy function on the data of StrictArrays, as StrictArrays."""
     raw_args = [_unwrap(arg) for arg in args]
     raw_kwargs = {key: _unwrap(value) for key, value in kwargs.items()}
     if TAPE is not None:
         TAPE.before(raw_args, raw_kwargs)
-    result = function(*raw_args, **raw_kwargs)
+    result = computed(function, raw_args, raw_kwargs)
     if TAPE is not None:
         TAPE.after(function, raw_args, raw_kwargs, result)
     return NotImplemented if result is NotImplemented else _wrap(result, *sources)
@@ -84,6 +92,7 @@ def _unwrap(value):
             raise WrongDeviceError(
                 f"an array on device {value.index} was used while {_current} is the current one"
             )
+        value.arrive()
         return value._data
     if isinstance(value, (np.ndarray, np.generic)):
         raise ImplicitConversionError(f"a {type(value).__name__} of NumPy met a StrictArray")
@@ -108,7 +117,7 @@ def _wrap(value, *sources):
 class StrictArray:
     """An array in memory that only `strict_array.xp` can reach."""
 
-    __slots__ = ("__weakref__", "_data", "base", "index")
+    __slots__ = ("__weakref__", "_data", "base", "index", "pending")
     __hash__ = None
 
     def __init__(self, data: np.ndarray, base: StrictArray | None = None):
@@ -116,6 +125,12 @@ class StrictArray:
         self._data = data
         self.base = base
         self.index = _current
+        self.pending = None  # a copy into it that has not been made yet
+
+    def arrive(self):
+        """Make the copy that is pending, as it comes before whatever uses the array."""
+        if self.pending is not None:
+            self.pending.wait()
 
     def __repr__(self) -> str:
         return f"StrictArray({self._data!r})"
@@ -150,10 +165,12 @@ class StrictArray:
 
     def item(self):
         count("read")
+        self.arrive()
         return self._data.item()
 
     def tolist(self):
         count("read")
+        self.arrive()
         return self._data.tolist()
 
     def __dlpack__(self, **options):
@@ -220,8 +237,11 @@ class _Function:
         self._function = function
 
     def __call__(self, *args, **kwargs):
-        if getattr(self._function, "__name__", "") in _WAITING:
+        name = getattr(self._function, "__name__", "")
+        if name in _WAITING:
             count("wait")
+        if name in ("array", "asarray") and not any(isinstance(a, StrictArray) for a in args):
+            count("write")
         sources = (*args, *(args[0] if args and type(args[0]) in (tuple, list) else ()))
         result = _launch(self._function, args, kwargs, *sources)
         if kwargs.get("out") is not None:
@@ -264,6 +284,7 @@ def strict(array) -> StrictArray:
 def plain(array: StrictArray) -> np.ndarray:
     """Return a copy of a StrictArray as a NumPy array: the explicit way out."""
     count("read")
+    array.arrive()
     return array._data.copy()
 
 

@@ -15,8 +15,10 @@ from tinygrad_bn.backend.arrays import (
     to_numpy,
 )
 from tinygrad_bn.backend.devices import (
+    backend_for,
     cuda_is_available,
     default_device,
+    device_index,
     device_of,
     from_dlpack,
     from_python,
@@ -45,6 +47,7 @@ __all__ = [
     "array_repr",
     "as_array",
     "as_dtype",
+    "backend_for",
     "backend_of",
     "cast",
     "check_numbers",
@@ -52,6 +55,7 @@ __all__ = [
     "copied",
     "cuda_is_available",
     "default_device",
+    "device_index",
     "device_of",
     "float32",
     "float64",

@@ -77,7 +77,18 @@ class Recorder(Protocol):
         ...
 
     def record(self, run: Callable[[], Any]) -> tuple[Any, Graph]:
-        """Return what `run()` returns, and its work as a graph; none of it has been done yet."""
+        """Return what `run()` returns, and its work as a graph; none of it has been done yet.
+
+        Raises CaptureError with the reason for what no graph can hold.
+        """
+        ...
+
+    def outside(self) -> AbstractContextManager[Any]:
+        """Return a context, to be used inside `run`, whose work is done now and not recorded."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the memory that recordings worked in."""
         ...
 
 
@@ -86,8 +97,4 @@ class Graph(Protocol):
 
     def launch(self) -> None:
         """Begin to do the work, after what the device was given before."""
-        ...
-
-    def release(self) -> None:
-        """Let go of the graph and of the memory it worked in."""
         ...

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.backend.accelerator import Accelerator
+from tinygrad_bn.backend.recording import refuse
 
 Array = Any  # a raw array of any registered type
 
@@ -113,7 +114,10 @@ def same_memory(view: Array, of: Array) -> bool:
 
 def to_numpy(array: Array) -> np.ndarray:
     """Return a raw array of any backend as a NumPy array: shared on the CPU, copied from a GPU."""
-    return backend_of(array).to_numpy(array)
+    backend = backend_of(array)
+    if backend is not numpy_backend:
+        refuse("copies an array to the host", "read results after the step")
+    return backend.to_numpy(array)
 
 
 def from_python(data: Any, dtype: Any) -> np.ndarray:

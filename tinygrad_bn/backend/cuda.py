@@ -26,7 +26,8 @@ def unavailable_because() -> str | None:
         import cupy  # pyrefly: ignore
     except ImportError as error:
         why = "" if error.name == "cupy" else f" properly ({error})"
-        return f"CuPy is not installed{why}: pip install 'tinygrad_bn[cuda12]' or 'tinygrad_bn[cuda13]'"
+        extras = "pip install 'tinygrad_bn[cuda12]' or 'tinygrad_bn[cuda13]'"
+        return f"CuPy is not installed{why}: {extras}"
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -11,6 +11,7 @@ from typing import Any
 from tinygrad_bn.backend import arrays, cuda
 from tinygrad_bn.backend.arrays import Array, Backend, backend_of, numpy_backend
 from tinygrad_bn.backend.placement import on
+from tinygrad_bn.backend.recording import refuse
 
 _default: ContextVar[str] = ContextVar("tinygrad_bn_default_device", default="cpu")
 
@@ -35,6 +36,12 @@ def backend_for(device: str) -> Backend:
     """
     kind, index = parse(device)
     return numpy_backend if kind == "cpu" else cuda.backend(index)
+
+
+def device_index(device: str) -> int:
+    """Return the number of the GPU that `device` names; "cuda" is the current one."""
+    _, index = parse(device)
+    return cuda.current_device() if index is None else index
 
 
 def cuda_is_available() -> bool:
@@ -79,6 +86,10 @@ def moved(array: Array, target: Backend, device: str) -> Array:
     """Return `array` in the library `target`, on the `device` of that full name."""
     source = backend_of(array)
     if source is not target:
+        refuse(
+            f"copies an array from {source.device_of(array)!r} to {device!r}",
+            "make it there before, or hand it to the step as an argument that is there",
+        )
         return target.from_numpy(source.to_numpy(array), device)
     if source.device_of(array) == device:
         return array
@@ -129,5 +140,5 @@ def from_python(data: Any, dtype: Any, device: str | None) -> Array:
 
 
 def _full_name(device: str) -> str:
-    kind, index = parse(device)
-    return kind if kind == "cpu" else f"cuda:{cuda.current_device() if index is None else index}"
+    kind, _ = parse(device)
+    return kind if kind == "cpu" else f"cuda:{device_index(device)}"

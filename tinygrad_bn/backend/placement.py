@@ -25,7 +25,7 @@ def placed(name: str, arrays: Iterable[Any]) -> AbstractContextManager[Any]:
     """
     if len(ARRAY_TYPES) == 1:
         return _HERE
-    first = None
+    first = like = None
     device = ""
     for array in arrays:
         backend = ARRAY_TYPES.get(type(array))

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from tinygrad_bn.backend.recording import refuse
+
 _generator: np.random.Generator | None = None
 
 
@@ -26,6 +28,7 @@ def manual_seed(seed: int) -> None:
 def generator() -> np.random.Generator:
     """Return the library's generator (seeded from the system until `manual_seed` is called)."""
     global _generator
+    refuse("draws random numbers on the host (as Dropout does)", "do without, or without capture")
     if _generator is None:
         _generator = np.random.default_rng()
     return _generator

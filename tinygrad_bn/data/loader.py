@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from tinygrad_bn.backend import generator, to_numpy
+from tinygrad_bn.backend import backend_for, generator, to_numpy
+from tinygrad_bn.data.ahead import Ahead
 from tinygrad_bn.tensor import Tensor
 
 Batch = Any  # a Tensor for a single array, a tuple of Tensors for a tuple or list of arrays
@@ -23,6 +24,8 @@ class DataLoader:
     shuffle: visit the rows of each epoch in a random order of its own, without repetition.
     seed: an integer >= 0 that determines all orders. None draws one from the library's generator,
         which `manual_seed` controls. It can be read as `.seed`.
+    device: where batches are put; None and "cpu" leave them in host memory. On a GPU, the next
+        batch is gathered and copied, from pinned memory, while the GPU works on the present one.
 
     `.epoch` counts the epochs begun. Set it to go back, or to resume: the order of an epoch depends
     on `seed` and its number alone.
@@ -45,6 +48,7 @@ class DataLoader:
         shuffle: bool = False,
         drop_last: bool = False,
         seed: int | None = None,
+        device: str | None = None,
     ) -> None:
         self._single = not isinstance(arrays, (tuple, list))
         self._arrays = _as_rows([arrays] if self._single else arrays)
@@ -61,6 +65,10 @@ class DataLoader:
             seed = int(generator().integers(1 << 63))
         self.seed = None if seed is None else _at_least("seed", seed, 0)
         self.epoch = 0
+        self.device = device
+        on_gpu = device is not None and backend_for(device).accelerator is not None
+        most = min(self.batch_size, self._rows)
+        self._ahead = Ahead(self._arrays, most, cast(str, device)) if on_gpu else None
 
     def __len__(self) -> int:
         """The number of batches in an epoch."""
@@ -71,6 +79,8 @@ class DataLoader:
         """Begin the next epoch. The order is drawn now, so that iterators may run side by side."""
         order = self._order(self.epoch)
         self.epoch += 1
+        if self._ahead is not None:
+            return self._batches_ahead(self._ahead, order)
         return (self._batch(order, i * self.batch_size) for i in range(len(self)))
 
     def steps(self, count: int | None = None) -> Iterator[Batch]:
@@ -109,6 +119,20 @@ class DataLoader:
         else:
             batch = [Tensor(array[order[start:stop]]) for array in self._arrays]
         return batch[0] if self._single else tuple(batch)
+
+    def _batches_ahead(self, ahead: Ahead, order: np.ndarray | None) -> Iterator[Batch]:
+        """Yield the batches of an epoch on a GPU, each after the next has been sent off."""
+        copies = self._send(ahead, order, 0)
+        for i in range(len(self)):
+            following = self._send(ahead, order, i + 1) if i + 1 < len(self) else []
+            batch = [Tensor(copy.array()) for copy in copies]
+            copies = following
+            yield batch[0] if self._single else tuple(batch)
+
+    def _send(self, ahead: Ahead, order: np.ndarray | None, i: int) -> list[Any]:
+        start = i * self.batch_size
+        stop = min(start + self.batch_size, self._rows)
+        return ahead.send(slice(start, stop) if order is None else order[start:stop], stop - start)
 
 
 def _as_rows(arrays: Sequence[Any]) -> list[np.ndarray]:

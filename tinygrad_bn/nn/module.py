@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from tinygrad_bn import backend
 from tinygrad_bn.backend import placed, several_devices
 from tinygrad_bn.backend.creation import like
+from tinygrad_bn.backend.recording import each_time, watching
 from tinygrad_bn.nn.parameter import Parameter
 from tinygrad_bn.tape import TensorBase
 from tinygrad_bn.tensor import Tensor
@@ -97,6 +98,9 @@ class Module:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what `forward` makes of the arguments."""
+        watch: Any = watching()
+        if watch is not None:
+            watch.saw_module(self)
         if several_devices() and args and isinstance(args[0], TensorBase):
             # The current device goes with the input, for what a layer does on raw arrays.
             with placed(type(self).__name__, (args[0].data,)):
@@ -182,6 +186,9 @@ class Module:
 
     def zero_grad(self) -> None:
         """Set `.grad` of every parameter to None."""
+        each_time(self._drop_gradients)
+
+    def _drop_gradients(self) -> None:
         for parameter in self.parameters():
             parameter.grad = None
 

@@ -76,8 +76,7 @@ def max_pool2d(
     images = padded(channels_last(x, layout), view, least)
     # Start at the first entry that is not padding: where all are -inf, that one is chosen.
     shape = (view.batch, *view.out, view.channels)
-    starts = xp.asarray(view.first_places(), dtype=view.place_dtype)[..., None]
-    places = xp.broadcast_to(starts, shape).copy()
+    places = xp.broadcast_to(_first_places(xp, view), shape)
     best = xp.full(shape, least, dtype=x.dtype)
     for i, j, window in view.offsets():
         entry = images[:, *window]
@@ -85,9 +84,19 @@ def max_pool2d(
         if floating:
             wins |= xp.isnan(entry) & ~xp.isnan(best)
         best = xp.where(wins, entry, best)
-        places[wins] = i * view.kernel[1] + j
+        # Not places[wins] = ...: CuPy would wait for the GPU to count them.
+        places = xp.where(wins, i * view.kernel[1] + j, places)
     best, places = from_channels_last(best, layout), from_channels_last(places, layout)
     return saving(best, places=places, view=view)
+
+
+def _first_places(xp: Any, view: Windows) -> Any:
+    """Return, for each window, the first place that is not padding: (OH, OW, 1)."""
+    rows, columns = (
+        xp.maximum(p - s * xp.arange(n), 0)
+        for p, s, n in zip(view.padding, view.stride, view.out, strict=True)
+    )
+    return (rows[:, None] * view.kernel[1] + columns)[..., None].astype(view.place_dtype)
 
 
 @max_pool2d.def_vjp

@@ -79,12 +79,15 @@ class Adam(Optimizer):
         xp.multiply(g, g, out=change)
         change *= 1 - beta2
         square += change
-        step = state["step"]
+        same = id(options), state["step"]
         xp.sqrt(square, out=change)
-        change /= math.sqrt(1 - beta2**step)
+        root = self._number("root", change, lambda: math.sqrt(1 - beta2 ** state["step"]), *same)
+        change /= root
         change += float(options["eps"])
         xp.divide(mean, change, out=change)
-        change *= -float(options["lr"]) / (1 - beta1**step)
+        change *= self._number(
+            "step", change, lambda: -float(options["lr"]) / (1 - beta1 ** state["step"]), *same
+        )
         add_to(p, change)
 
 
@@ -113,5 +116,6 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay)
 
     def _update(self, p: Any, g: Any, state: dict[str, Any], options: Mapping[str, Any]) -> None:
-        p *= 1 - float(options["lr"]) * float(options["weight_decay"])
+        decay = float(options["weight_decay"])
+        p *= self._number("decay", p, lambda: 1 - float(options["lr"]) * decay, id(options))
         self._descend(p, in_state_dtype(g), state, options)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from tinygrad_bn.backend import array_module, cast, device_of, float32, placed
 from tinygrad_bn.backend.creation import like
+from tinygrad_bn.backend.recording import CaptureError, each_time, must_stay, number, watching
 from tinygrad_bn.tape import TensorBase
 from tinygrad_bn.tensor import Tensor
 
@@ -36,6 +39,7 @@ class Optimizer:
         self._state: dict[Any, dict[str, Any]] = {}
         self._defaults = defaults
         self._scratch: dict[Any, Any] = {}
+        self._numbers: dict[Any, Any] = {}
         groups: list[Any] = [params] if isinstance(params, (TensorBase, Mapping)) else list(params)
         if not groups:
             raise ValueError(f"{self._name}: got no parameters; pass model.parameters()")
@@ -105,11 +109,26 @@ class Optimizer:
 
         Not recorded by the tape; a backward that still needs the old values raises.
         """
+        self._numbers = {}
+        ready = list(self._ready())
+        each_time(partial(self._begin, [state for *_, state in ready]))
+        for group, parameter, g, state in ready:
+            with placed(f"{self._name}.step", (parameter.data, g)):
+                self._update(parameter.data, g, state, group)
+            parameter.note_write()
+        watch = watching()
+        if watch is not None and watch.recording:
+            self._rely_on(watch)
+
+    def _ready(self) -> Iterator[tuple[dict[str, Any], Any, Any, dict[str, Any]]]:
+        """Yield group, parameter, raw gradient and state of all that has a gradient."""
+        watch: Any = watching()
         for group in self.param_groups:
-            self._check(group)
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
+                if watch is not None:
+                    watch.saw_gradient(parameter)
                 g = parameter.grad.data
                 if g.shape != parameter.data.shape:
                     raise ValueError(
@@ -120,13 +139,20 @@ class Optimizer:
                 for name in self.slots:
                     if name in state:  # the parameter may have moved to another device
                         state[name] = like(state[name], parameter.data)
-                state["step"] += 1
-                with placed(f"{self._name}.step", (parameter.data, g)):
-                    self._update(parameter.data, g, state, group)
-                parameter.note_write()
+                yield group, parameter, g, state
+
+    def _begin(self, states: Iterable[dict[str, Any]]) -> None:
+        """Begin a step: look at the options, which anyone may have set, and count it."""
+        for group in self.param_groups:
+            self._check(group)
+        for state in states:
+            state["step"] += 1
 
     def zero_grad(self) -> None:
         """Set `.grad` of every parameter to None."""
+        each_time(self._drop_gradients)
+
+    def _drop_gradients(self) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -212,8 +238,51 @@ class Optimizer:
         if not (float(value) >= 0 and math.isfinite(float(value))):
             raise ValueError(f"{self._name}: {name} is {value}, expected a finite number >= 0")
 
+    def _number(self, name: str, like: Any, value: Callable[[], float], *key: Any) -> Any:
+        """Return `value()` for arithmetic with the array `like`, so that it may differ in replays.
+
+        name, key: what it depends on within one step; parameters that agree in it share it.
+        """
+        key = (name, like.dtype, device_of(like), *key)
+        if key not in self._numbers:
+            self._numbers[key] = number(value, like)
+        return self._numbers[key]
+
+    def _new_state(self) -> None:
+        """Note that state is being made, which a replay would make again and again."""
+        watch = watching()
+        if watch is not None and watch.recording:
+            raise CaptureError(
+                f"capture: {self._name} meets the first gradient of a parameter while the step is "
+                f"being recorded, and replays would start its state anew; use every parameter from "
+                f"the first step on"
+            )
+
+    def _rely_on(self, watch: Any) -> None:
+        """Tell what replays of this step rely on, beside parameters and gradients."""
+        idle = [p for p in self._parameters() if p.grad is None]
+        settings = [_settings(group) for group in self.param_groups]
+        states = {p: self._arrays_of(p) for p in self._state}
+        scratch = dict(self._scratch)
+        for what, holds in (
+            ("an option of an optimizer is another", lambda: _are(self.param_groups, settings)),
+            ("a parameter has a gradient", lambda: all(p.grad is None for p in idle)),
+            (
+                "the state of an optimizer is another",
+                lambda: all(_identical(self._arrays_of(p), kept) for p, kept in states.items()),
+            ),
+            # A graph writes into these for as long as it is replayed.
+            ("an optimizer has other scratch memory", lambda: _identical(self._scratch, scratch)),
+        ):
+            must_stay(what, holds)
+
+    def _arrays_of(self, parameter: Any) -> dict[str, Any]:
+        state = self._state.get(parameter, {})
+        return {name: state[name] for name in self.slots if name in state}
+
     def _zeros(self, p: Any) -> Any:
         """Return zeros of the shape of `p`, in the dtype that state is kept in."""
+        self._new_state()
         return array_module(p).zeros(p.shape, dtype=_state_dtype(p))
 
     def _temporary(self, p: Any) -> Any:
@@ -227,6 +296,31 @@ class Optimizer:
         if block is None or block.size < p.size:
             block = self._scratch[key] = array_module(p).empty(p.size, dtype=dtype)
         return block[: p.size].reshape(p.shape)
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a group but the learning rate, which may differ from step to step."""
+    kept = {name: value for name, value in group.items() if name != "lr"}
+    return {**kept, "params": list(group["params"])}
+
+
+def _are(groups: Sequence[Mapping[str, Any]], settings: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the options of all groups are still these."""
+    if len(groups) != len(settings):
+        return False
+    for group, before in zip(groups, settings, strict=True):
+        now = _settings(group)
+        params, were = now.pop("params"), before["params"]
+        if len(params) != len(were) or not all(map(operator.is_, params, were)):
+            return False
+        if any(value != before[name] for name, value in now.items()):
+            return False
+    return True
+
+
+def _identical(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
+    """Return whether two mappings hold the very same objects."""
+    return now.keys() == before.keys() and all(now[key] is before[key] for key in before)
 
 
 def in_state_dtype(g: Any) -> Any:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tinygrad_bn.backend.recording import each_time
 from tinygrad_bn.optim.optimizer import Optimizer
 
 
@@ -38,6 +39,9 @@ class Schedule:
 
     def step(self) -> None:
         """Go on to the next step's learning rate."""
+        each_time(self._advance)
+
+    def _advance(self) -> None:
         self.count += 1
         self._apply()
 

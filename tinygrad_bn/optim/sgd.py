@@ -55,7 +55,7 @@ class SGD(Optimizer):
 
     def _update(self, p: Any, g: Any, state: dict[str, Any], options: Mapping[str, Any]) -> None:
         xp = array_module(p)
-        lr, momentum = float(options["lr"]), float(options["momentum"])
+        momentum = float(options["momentum"])
         decay = float(options["weight_decay"])
         change = self._temporary(p)
         g = in_state_dtype(g)
@@ -66,10 +66,12 @@ class SGD(Optimizer):
         if momentum:
             velocity = state.get("momentum_buffer")
             if velocity is None:
+                self._new_state()
                 velocity = state["momentum_buffer"] = g.copy()
             else:
                 velocity *= momentum
                 velocity += g
             g = g + momentum * velocity if options["nesterov"] else velocity
-        xp.multiply(g, -lr, out=change)
+        step = self._number("step", change, lambda: -float(options["lr"]), id(options))
+        xp.multiply(g, step, out=change)
         add_to(p, change)
