@@ -13,11 +13,11 @@ from tinygrad_bn.testing.probe import Probe
 from tinygrad_bn.testing.report import Comparison
 
 
-def explain(
-    check: str, probe: Probe, i: int, comparison: Comparison, directions: Sequence[np.ndarray]
-) -> str:
+def explain(check: str, probe: Probe, i: int, comparison: Comparison) -> str:
     """Return the message for a comparison that failed."""
     problem = probe.problem
+    # Two, whatever the check made do with: a pattern must explain more than one number.
+    directions = [probe.direction(i, k) for k in range(2)]
     over = comparison.error / comparison.tolerance.total if comparison.tolerance.total else np.inf
     lines = [
         f"{check}: {problem.name}: the derivative for {problem.names[i]} is wrong",

@@ -20,9 +20,9 @@ _DEPTH = 4
 #: 2^-27 of it, below which float64 has no digits left for a difference.
 _LEVELS = 27
 
-#: A truncation of 1e-9 of the derivative needs no improvement: no mistake is as small, and each
+#: A truncation of 1e-8 of the derivative needs no improvement: no mistake is as small, and each
 #: further halving costs two evaluations and brings the noise nearer.
-_ENOUGH = 1e-9
+_ENOUGH = 1e-8
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,15 @@ class Derivative:
 
 
 def derivative(
-    phi: Callable[[float], float], step: float, at_zero: float | None = None
+    phi: Callable[[float], float],
+    step: float,
+    at_zero: float | None = None,
+    noise: float = 0.0,
 ) -> Derivative:
     """Return the derivative of `phi` at 0, starting at `step` and halving it as long as that helps.
 
     at_zero: φ(0), if it is known already.
+    noise: of φ, at least: once it outweighs the truncation, smaller steps make things worse.
 
     A step at which φ is not finite (outside its domain) is passed over. If no three steps give
     finite values the truncation is infinite.
@@ -91,7 +95,9 @@ def derivative(
                 17.0 / step,
             )
         scale = abs(best.value) if math.isfinite(best.value) else 0.0
-        if best.truncation <= _ENOUGH * scale:
+        # Weighted 4 and 16, as in the tolerance that is made of the two.
+        outweighed = math.isfinite(best.gain) and best.truncation <= 4 * noise * best.gain
+        if best.truncation <= _ENOUGH * scale or outweighed:
             break
         # Errors grow again once rounding wins; before the first digits have settled they may also
         # grow because the step is still too wide, so then the search goes on.

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from types import FunctionType
 from typing import Any
-
-import numpy as np
 
 from tinygrad_bn import backend
 from tinygrad_bn.autograd import grad
@@ -32,22 +32,32 @@ def name_of(fn: Function) -> str:
 def input_names(fn: Function, count: int) -> tuple[str, ...]:
     """Return what messages call the inputs of `fn`: parameter names where it has them.
 
+    An attribute `input_names` of the function says otherwise.
+
     >>> input_names(lambda x, *rest: x, 3)
     ("input 0 ('x')", 'input 1', 'input 2')
     """
-    names: list[str] = []
-    if isinstance(fn, Op):
-        names = list(fn.inputs)
-    else:
-        try:
-            parameters = inspect.signature(fn).parameters.values()
-        except (TypeError, ValueError):  # a callable that has no signature to read
-            parameters = ()
-        plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        names = [p.name for p in parameters if p.kind in plain]
+    names = _parameters(fn)
     return tuple(
         f"input {i} ({names[i]!r})" if i < len(names) else f"input {i}" for i in range(count)
     )
+
+
+def _parameters(fn: Function) -> Sequence[str]:
+    if isinstance(fn, Op):
+        return fn.inputs
+    given = getattr(fn, "input_names", None)
+    if given is not None:
+        return given
+    if type(fn) is FunctionType and not hasattr(fn, "__wrapped__"):
+        # What `inspect` would say, without the third of a forward pass that it takes to say it.
+        return fn.__code__.co_varnames[: fn.__code__.co_argcount]
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # a callable that has no signature to read
+        return ()
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in plain]
 
 
 def raw_inputs(inputs: Sequence[Any]) -> list[Array]:
@@ -106,38 +116,39 @@ def pull_back(
 
 
 class FirstOrder:
-    """`fn` and its gradient, for inputs that are raw arrays (float64 where they can vary)."""
+    """`fn` and its gradient, for raw inputs: float64 where they can vary, each on its own device.
+
+    What is returned stays on the device too; nothing is brought to the host here.
+    """
 
     def __init__(self, fn: Function, inputs: Sequence[Any]):
         self.fn = fn
         self.name = name_of(fn)
-        raw = raw_inputs(inputs)
-        self.device = [None if a is None else backend.device_of(a) for a in raw]
-        self.inputs = [_wide(a) for a in raw]
+        self.inputs = [_wide(a) for a in raw_inputs(inputs)]
         self.free = [i for i, a in enumerate(self.inputs) if is_floating(a)]
-        self.names = input_names(fn, len(raw))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """What messages call the inputs."""
+        return input_names(self.fn, len(self.inputs))
 
     def call(self, arrays: Sequence[Array], requires_grad: bool) -> tuple[list[Any], list[Any]]:
         """Return the input Tensors and the floating output Tensors."""
-        placed = [
-            a if device is None or device == "cpu" else backend.to_device(a, device)
-            for a, device in zip(arrays, self.device, strict=True)
-        ]
-        ts = tensors(placed, requires_grad)
+        ts = tensors(arrays, requires_grad)
         outputs = as_tuple(self.fn(*ts), self.name)
         return ts, [o for o in outputs if backend.is_floating(o.dtype)]
 
-    def value(self, arrays: Sequence[Array]) -> list[np.ndarray]:
-        """Return the floating outputs as NumPy arrays."""
+    def value(self, arrays: Sequence[Array]) -> list[Array]:
+        """Return the floating outputs."""
         with no_grad():
             _, outputs = self.call(arrays, False)
-        return [o.numpy() for o in outputs]
+        return [o.data for o in outputs]
 
-    def complex_value(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+    def complex_value(self, arrays: Sequence[Array]) -> list[Array]:
         """Return the outputs for arrays of which one is complex."""
         with no_grad():
             outputs = as_tuple(self.fn(*tensors(arrays, False)), self.name)
-        raw = [o.numpy() for o in outputs]
+        raw = [o.data for o in outputs]
         if not any(o.dtype.kind == "c" for o in raw):
             raise TypeError(
                 f"{self.name}: it returned {[str(o.dtype) for o in raw]} for a complex input, so a "
@@ -145,10 +156,18 @@ class FirstOrder:
             )
         return [o for o in raw if o.dtype.kind in "fc"]
 
-    def gradient(self, arrays: Sequence[Array], cotangents: Sequence[Array]) -> list[np.ndarray]:
+    def gradient(self, arrays: Sequence[Array], cotangents: Sequence[Array]) -> list[Array]:
         """Return the gradients of Σ <cotangent, output> for the free inputs."""
+        return self.both(arrays, lambda outputs: cotangents)[2]
+
+    def both(
+        self, arrays: Sequence[Array], choose: Callable[[list[Array]], Sequence[Array]]
+    ) -> tuple[list[Array], Sequence[Array], list[Array]]:
+        """Return the outputs, the cotangents that `choose` gives for them, and the gradients."""
         ts, outputs = self.call(arrays, True)
-        return [g.numpy() for g in pull_back(outputs, ts, cotangents)]
+        values = [o.data for o in outputs]
+        cotangents = choose(values)
+        return values, cotangents, [g.data for g in pull_back(outputs, ts, cotangents)]
 
 
 class SecondOrder:
@@ -160,26 +179,38 @@ class SecondOrder:
         self.count = len(self.first.inputs)
         self.inputs = [*self.first.inputs, *cotangents]
         self.free = [*self.first.free, *range(self.count, len(self.inputs))]
-        self.names = (
-            *self.first.names,
-            *(f"cotangent of output {i}" for i in range(len(cotangents))),
-        )
 
-    def value(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """What messages call the inputs, and after them the cotangents."""
+        count = len(self.inputs) - self.count
+        return (*self.first.names, *(f"cotangent of output {i}" for i in range(count)))
+
+    def value(self, arrays: Sequence[Array]) -> list[Array]:
         """Return the gradients of the free inputs, by the ordinary backward pass."""
         return self.first.gradient(arrays[: self.count], arrays[self.count :])
 
-    def gradient(self, arrays: Sequence[Array], cotangents: Sequence[Array]) -> list[np.ndarray]:
+    def gradient(self, arrays: Sequence[Array], cotangents: Sequence[Array]) -> list[Array]:
         """Return the gradients of Σ <cotangent, gradient>, by differentiating the backward pass."""
         ts, outputs = self.first.call(arrays[: self.count], True)
         gs = [Tensor(g, requires_grad=True) for g in arrays[self.count :]]
         grads = pull_back(outputs, ts, gs, create_graph=True)
-        return [g.numpy() for g in pull_back(grads, [*ts, *gs], cotangents)]
+        return [g.data for g in pull_back(grads, [*ts, *gs], cotangents)]
+
+    def both(
+        self, arrays: Sequence[Array], choose: Callable[[list[Array]], Sequence[Array]]
+    ) -> tuple[list[Array], Sequence[Array], list[Array]]:
+        """Return the gradients, the cotangents that `choose` gives for them, and *their* gradients.
+
+        The gradients by the ordinary backward pass: those of the other are compared with them.
+        """
+        values = self.value(arrays)
+        cotangents = choose(values)
+        return values, cotangents, self.gradient(arrays, cotangents)
 
 
 def _wide(array: Array) -> Array:
-    """Return a private copy on the host, floats as float64: differences need its digits."""
+    """Return a private copy where it lies, floats as float64: differences need its digits."""
     if array is None:
         return None
-    array = backend.to_numpy(array)
-    return array.astype(np.float64 if is_floating(array) else array.dtype, order="K", copy=True)
+    return array.astype(backend.float64) if is_floating(array) else array.copy()

@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tinygrad_bn import backend
 from tinygrad_bn.testing import functions
+from tinygrad_bn.testing.cotangents import random_cotangents
 from tinygrad_bn.testing.diagnosis import explain
 from tinygrad_bn.testing.errors import BlindCheckWarning, GradCheckError, Inconclusive
 from tinygrad_bn.testing.functions import FirstOrder, SecondOrder
 from tinygrad_bn.testing.noise import nudged_all
-from tinygrad_bn.testing.probe import Probe
+from tinygrad_bn.testing.probe import Probe, dot
 from tinygrad_bn.testing.report import Comparison, Report
 
 Mode = Literal["auto", "directional", "full", "complex-step"]
@@ -28,12 +30,15 @@ _MODES = ("auto", "directional", "full", "complex-step")
 #: below what realistic mistakes do (the mildest, m/(m - 1) for m values, exceeds it to m = 1000).
 MAX_RESOLUTION = 1e-3
 
+#: The least share, of that of the largest, with which an input is varied together with others.
+_SHARE = 1e-2
+
 
 def check_grad(
     fn: Callable[..., Any],
     *inputs: Any,
     mode: Mode = "auto",
-    directions: int = 2,
+    directions: int = 1,
     cotangents: Any = None,
     seed: int = 0,
     max_resolution: float = MAX_RESOLUTION,
@@ -42,12 +47,14 @@ def check_grad(
     """Return a report that the gradients of `fn` at `inputs` agree with difference quotients.
 
     fn: takes Tensors, returns a Tensor or a tuple of them.
-    inputs: arrays or Tensors; None passes through. Floating ones are converted to float64 and
-        varied one at a time; integers and booleans stay as they are.
-    mode: "directional" varies all entries of an input together, along random directions; "full"
-        each entry by itself; "complex-step" as directional, for analytic functions of complex
-        arrays; "auto" is full for inputs with no more entries than there are directions.
-    directions: how many random directions per input.
+    inputs: arrays or Tensors, on any device; None passes through. Floating ones are converted to
+        float64 and varied, where they are; integers and booleans stay as they are.
+    mode: "directional" varies all entries together, along random directions, and all inputs
+        together where each of them can then still be seen; "full" each entry by itself;
+        "complex-step" is directional, input by input, for analytic functions of complex arrays;
+        "auto" is directional, and full for inputs with no more entries than there are directions.
+    directions: how many random directions. One sees every fault, but for a chance as small as the
+        resolution: a fault would have to be at right angles to it.
     cotangents: of the outputs (an array, or one per output); None draws them at random.
     max_resolution: the largest share of a derivative that may be within the tolerance.
     rtol: a relative tolerance to add to the one that is derived; a right gradient needs none.
@@ -59,7 +66,7 @@ def check_grad(
     >>> from tinygrad_bn import testing
     >>> report = testing.check_grad(lambda x: x.tanh(), np.array([0.5, -1.0, 2.0]))
     >>> report.directions, report.resolution < 1e-6
-    (2, True)
+    (1, True)
     """
     if mode not in _MODES:
         raise ValueError(f"check_grad: unknown mode {mode!r}; expected one of {_MODES}")
@@ -73,7 +80,7 @@ def check_double_grad(
     fn: Callable[..., Any],
     *inputs: Any,
     mode: Mode = "auto",
-    directions: int = 2,
+    directions: int = 1,
     cotangents: Any = None,
     seed: int = 0,
     max_resolution: float = MAX_RESOLUTION,
@@ -127,37 +134,67 @@ def _check(
         raise TypeError(f"{check}: {problem.name}: no input is floating, so there is no gradient")
     # Steps may leave the domain of fn; that is noticed by its not being finite, not by a warning.
     with np.errstate(all="ignore"):
-        outputs = problem.value(problem.inputs)
-        if not outputs:
-            raise TypeError(f"{check}: {problem.name} has no floating output to differentiate")
-        if not all(np.isfinite(o).all() for o in outputs):
-            raise Inconclusive(
-                f"{check}: {problem.name} is not finite at these inputs, so it has no derivative "
-                f"there; choose inputs inside its domain"
-            )
+
+        def choose(outputs: list[Any]) -> list[Any]:
+            if not outputs:
+                raise TypeError(f"{check}: {problem.name} has no floating output to differentiate")
+            if not all(backend.array_module(o).isfinite(o).all().item() for o in outputs):
+                raise Inconclusive(
+                    f"{check}: {problem.name} is not finite at these inputs, so it has no "
+                    f"derivative there; choose inputs inside its domain"
+                )
+            return _cotangents(problem.name, outputs, cotangents, seed)
+
         probe = Probe(
             problem,
-            _cotangents(problem.name, outputs, cotangents, seed),
-            outputs,
+            *problem.both(problem.inputs, choose),
             max_resolution=max_resolution,
             rtol=rtol,
             seed=seed,
         )
+        chosen = {i: [probe.direction(i, k) for k in range(directions)] for i in problem.free}
         comparisons: list[Comparison] = []
         vacuous: list[str] = []
-        for i in problem.free:
-            mine = _check_input(check, probe, i, mode, directions)
+        alone = list(problem.free)
+        if mode in ("auto", "directional"):
+            comparisons, alone = _check_together(probe, chosen)
+        for i in alone:
+            mine = _check_input(check, probe, i, mode, chosen[i])
             comparisons += mine
             if all(c.size <= c.tolerance.total for c in mine):
                 vacuous.append(problem.names[i])
     return Report(check, problem.name, tuple(comparisons), tuple(vacuous)), probe
 
 
-def _check_input(check: str, probe: Probe, i: int, mode: str, directions: int) -> list[Comparison]:
+def _check_together(
+    probe: Probe, chosen: dict[int, list[np.ndarray]]
+) -> tuple[list[Comparison], list[int]]:
+    """Return the comparisons for inputs varied together, and the inputs that these do not settle.
+
+    Inputs whose share of the derivative is small are left out: they would not be seen.
+    """
+    if len(chosen) == 1:
+        return [], list(chosen)
+    sizes = {i: probe.size(i, directions[0]) for i, directions in chosen.items()}
+    most = max(sizes.values())
+    group = [i for i, size in sizes.items() if size > _SHARE * most]
+    count = len(next(iter(chosen.values())))
+    comparisons: list[Comparison] = []
+    for k in range(count) if len(group) > 1 else ():
+        line = {i: chosen[i][k] for i in group}
+        found = probe.together(line, f"direction {k + 1} of {count}")
+        if found is None:
+            return [], list(chosen)
+        comparisons.append(found)
+    return comparisons, [i for i in chosen if not comparisons or i not in group]
+
+
+def _check_input(
+    check: str, probe: Probe, i: int, mode: str, chosen: list[np.ndarray]
+) -> list[Comparison]:
     """Return the comparisons for input `i`; GradCheckError at the first that fails."""
     x = probe.problem.inputs[i]
-    rng = np.random.default_rng((probe.seed, i))
-    chosen = [probe.direction(i, rng) for _ in range(directions)]
+    directions = len(chosen)
     labels = [f"direction {k + 1} of {directions}" for k in range(directions)]
     tested = chosen
     if mode == "full" or (mode == "auto" and x.size <= directions):
@@ -172,31 +209,30 @@ def _check_input(check: str, probe: Probe, i: int, mode: str, directions: int) -
     for direction, label in zip(tested, labels, strict=True):
         comparison = compare(i, direction, label)
         if not comparison.passed:
-            raise GradCheckError(explain(check, probe, i, comparison, chosen))
+            raise GradCheckError(explain(check, probe, i, comparison))
         comparisons.append(comparison)
     return comparisons
 
 
 def _require_symmetry(problem: SecondOrder, probe: Probe) -> None:
     """Raise GradCheckError unless <w, H v> = <v, H w>, H the Hessian of Σ <cotangent, output>."""
-    rng = np.random.default_rng((probe.seed, 10_000))
     free = problem.first.free
-    v = [probe.direction(i, rng) for i in free]
-    w = [probe.direction(i, rng) for i in free]
-    here = probe.outputs
+    v, w = (
+        [backend.to_device(probe.direction(i, k), _device(problem.inputs[i])) for i in free]
+        for k in (10_000, 10_001)
+    )
+    # Where the Hessian itself cancels, rounding is relative to the gradient's own terms.
+    gradient = sum(
+        _total(abs(a * b)) for d in (v, w) for a, b in zip(d, probe.outputs, strict=True)
+    )
 
     def products(arrays: Sequence[Any]) -> tuple[float, float, float]:
         hv = problem.gradient(arrays, v)[: len(free)]
         hw = problem.gradient(arrays, w)[: len(free)]
-        wide = [a * b for a, b in zip((*w, *v), (*hv, *hw), strict=True)]
-        # Where the Hessian itself cancels, rounding is relative to the gradient's own terms.
-        gradient = [a * b for a, b in zip((*v, *w), (*here, *here), strict=True)]
-        absolute = sum(float(np.abs(a).sum()) for a in (*wide, *gradient))
-        return (
-            sum(float(a.sum()) for a in wide[: len(free)]),
-            sum(float(a.sum()) for a in wide[len(free) :]),
-            absolute,
-        )
+        left = [a * b for a, b in zip(w, hv, strict=True)]
+        right = [a * b for a, b in zip(v, hw, strict=True)]
+        absolute = gradient + sum(_total(abs(a)) for a in (*left, *right))
+        return sum(map(_total, left)), sum(map(_total, right)), absolute
 
     left, right, absolute = products(problem.inputs)
     # Rounding of the terms and of their sum; 16 units for the rule's own few operations.
@@ -216,22 +252,31 @@ def _require_symmetry(problem: SecondOrder, probe: Probe) -> None:
         )
 
 
-def _cotangents(
-    name: str, outputs: Sequence[np.ndarray], given: Any, seed: int
-) -> list[np.ndarray]:
-    """Return one float64 cotangent per output: those given, or random ones."""
+def _total(array: Any) -> float:
+    return array.sum().item()
+
+
+def _device(array: Any) -> str:
+    return backend.device_of(array)
+
+
+def _cotangents(name: str, outputs: Sequence[Any], given: Any, seed: int) -> list[Any]:
+    """Return one float64 cotangent per output, on its device: those given, or random ones."""
     if given is None:
-        rng = np.random.default_rng((seed, 7))
-        return [rng.uniform(0.5, 1.5, o.shape) * rng.choice((-1.0, 1.0), o.shape) for o in outputs]
+        return random_cotangents(outputs, seed, np.float64)
     listed = list(given) if isinstance(given, (tuple, list)) else [given]
-    arrays = [np.asarray(a, dtype=np.float64) for a in functions.raw_inputs(listed)]
-    if [a.shape for a in arrays] != [o.shape for o in outputs]:
+    arrays = [
+        backend.to_device(a.astype(backend.float64), _device(o))
+        for a, o in zip(functions.raw_inputs(listed), outputs, strict=False)
+    ]
+    if [a.shape for a in arrays] != [o.shape for o in outputs] or len(listed) != len(outputs):
         raise ValueError(
-            f"{name}: cotangents of shapes {[a.shape for a in arrays]}, but outputs of shapes "
-            f"{[o.shape for o in outputs]}; give one per output, of its shape"
+            f"{name}: cotangents of shapes {[a.shape for a in functions.raw_inputs(listed)]}, but "
+            f"outputs of shapes {[o.shape for o in outputs]}; give one per output, of its shape"
         )
     for cotangent, output in zip(arrays, outputs, strict=True):
-        if cotangent.size > 1 and _proportional(cotangent, np.ones_like(output)):
+        ones = backend.array_module(output).ones_like(output)
+        if cotangent.size > 1 and _proportional(cotangent, ones):
             _warn_blind(name, "constant, as the loss sum(y) has it")
         elif cotangent.size > 1 and _proportional(cotangent, output):
             _warn_blind(name, "the output itself, as the loss sum(y**2) / 2 has it")
@@ -239,7 +284,7 @@ def _cotangents(
 
 
 def _proportional(a: np.ndarray, b: np.ndarray) -> bool:
-    aa, bb, ab = (float(np.vdot(p, q)) for p, q in ((a, a), (b, b), (a, b)))
+    aa, bb, ab = (dot(p, q) for p, q in ((a, a), (b, b), (a, b)))
     # The cosine is 1 within rounding; zeros, as y where gamma is 0, have no direction.
     return ab * ab >= (1 - 1e-12) * aa * bb > 0
 

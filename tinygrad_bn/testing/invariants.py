@@ -15,6 +15,7 @@ import numpy as np
 from tinygrad_bn import backend
 from tinygrad_bn.grad_mode import no_grad
 from tinygrad_bn.tensor import Tensor
+from tinygrad_bn.testing.cotangents import random_cotangents
 from tinygrad_bn.testing.errors import GradCheckError
 from tinygrad_bn.testing.functions import (
     as_tuple,
@@ -55,17 +56,6 @@ class Run:
             given = [Tensor(g) for g in given]
         grads = pull_back(floating, self.inputs, given, create_graph)
         self.gradients = [g.data for g in grads]
-
-
-def random_cotangents(outputs: Sequence[Any], seed: int) -> list[Any]:
-    """Return a random cotangent for each raw output: of its shape, dtype and device."""
-    rng = np.random.default_rng((seed, 7))
-    made = []
-    for out in outputs:
-        values = rng.uniform(0.5, 1.5, out.shape) * rng.choice((-1.0, 1.0), out.shape)
-        host = np.asarray(values).astype(out.dtype)
-        made.append(backend.to_device(host, backend.device_of(out)))
-    return made
 
 
 def check_pure(fn: Callable[..., Any], *inputs: Any, seed: int = 0) -> Report:

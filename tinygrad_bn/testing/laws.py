@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_bn.testing.cotangents import signed_uniform
 from tinygrad_bn.testing.errors import GradCheckError
 from tinygrad_bn.testing.report import Report
 
@@ -261,7 +262,7 @@ def _moments(run: BatchNormRun, d: Any) -> Iterator[Sides]:
 def _other(cotangent: np.ndarray) -> np.ndarray:
     """Return a second cotangent, unrelated to the first but fixed by its shape."""
     rng = np.random.default_rng(cotangent.shape)
-    return rng.uniform(0.5, 1.5, cotangent.shape) * rng.choice((-1.0, 1.0), cotangent.shape)
+    return signed_uniform(rng, 0.5, 1.5, cotangent.shape)
 
 
 #: Laws of batch norm in training: s = 1/√(v + ε), m values per channel, G(g) = gx.

@@ -7,7 +7,7 @@ how far the answer moves under such a change is the tolerance that conditioning 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,20 +17,26 @@ from tinygrad_bn import backend
 Array = Any
 
 
-def nudged(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def nudged(array: Array, rng: np.random.Generator) -> Array:
     """Return `array` with every entry moved by -2 to 2 units in the last place, in the same layout.
 
     >>> x = np.ones(3)
     >>> bool(np.all(np.abs(nudged(x, np.random.default_rng(0)) - 1) <= 4.5e-16))
     True
     """
+    return next(nudges(array, rng, 1))
+
+
+def nudges(array: Array, rng: np.random.Generator, times: int) -> Iterator[Array]:
+    """Yield `array` nudged `times` times. What is random goes to the array's device once."""
     epsilon = backend.machine_epsilon(array.dtype)
-    ulps = rng.integers(-2, 3, array.shape)
-    # Computed in float64 and rounded once, so that a narrow dtype moves by whole units too.
-    moved = array.astype(np.float64) * (1 + epsilon * ulps)
-    result = np.empty_like(array)
-    np.copyto(result, moved, casting="same_kind")
-    return result
+    drawn = rng.integers(-2, 3, (times, *array.shape), dtype=np.int8)
+    for ulps in backend.to_device(drawn, backend.device_of(array)):
+        # Computed in float64 and rounded once, so that a narrow dtype moves by whole units too.
+        wide = array.astype(backend.float64)
+        result = backend.array_module(array).empty_like(array)
+        result[...] = wide + wide * (ulps.astype(backend.float64) * epsilon)
+        yield result
 
 
 def nudged_all(arrays: Sequence[Array], rng: np.random.Generator) -> list[Array]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from tinygrad_bn import backend
 from tinygrad_bn.op import Op
+from tinygrad_bn.testing.cotangents import signed_uniform
 from tinygrad_bn.testing.errors import GradCheckError, Inconclusive
 from tinygrad_bn.testing.functions import input_names, is_floating, name_of, raw_inputs
 from tinygrad_bn.testing.invariants import Run
@@ -170,7 +171,7 @@ def _require_quotients(
     for label, i, g in zip(labels, free, found, strict=True):
         x = wide[i]
         size = float(np.abs(x).max(initial=0)) or 1.0
-        direction = rng.uniform(0.5, 1.0, x.shape) * rng.choice((-1.0, 1.0), x.shape) * size
+        direction = signed_uniform(rng, 0.5, 1.0, x.shape) * size
         ends = []
         for sign in (1, -1):
             moved = list(wide)

@@ -15,6 +15,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tinygrad_bn import backend
+from tinygrad_bn.testing.cotangents import signed_uniform
 
 Shape = tuple[int, ...]
 
@@ -130,8 +131,7 @@ def cotangents(draw: st.DrawFn, shape: Shape, dtype: Any = "float64") -> np.ndar
     (True, True)
     """
     rng = np.random.default_rng(draw(seeds()))
-    values = rng.uniform(0.5, 1.5, shape) * rng.choice((-1.0, 1.0), shape)
-    return np.asarray(values).astype(backend.as_dtype(dtype))
+    return signed_uniform(rng, 0.5, 1.5, shape).astype(backend.as_dtype(dtype))
 
 
 def allowed_intervals(

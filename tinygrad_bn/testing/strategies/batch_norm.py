@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tinygrad_bn import backend
+from tinygrad_bn.testing.cotangents import signed_uniform
 from tinygrad_bn.testing.strategies.arrays import seeds
 from tinygrad_bn.testing.strategies.shown import shown_fields
 
@@ -98,38 +100,37 @@ def batch_norm_inputs(
         shape = _draw_shape(draw, axis, 2 if small else 4)
     else:
         axis = 1 if axis is None else axis
-    exponent, ratio = _pick(draw, (0, 1, -1, 2, -2, 3, -3), (0.0, 1.0, -10.0, 1e3, -1e4, 1e6))
-    factor, weights, vectors = _pick(
-        draw,
+    choices = (
+        (0, 1, -1, 2, -2, 3, -3),  # log₁₀ of the spread
+        (0.0, 1.0, -10.0, 1e3, -1e4, 1e6),  # offset / spread
         # eps / variance: as most people have it; far below; far above.
         (1e-5, 1e-8, 1e-3, 1.0, 1e4, 1e8),
         ("drawn", "with zeros", "zero", "one"),
         _VECTORS if affine is None else _VECTORS[:1] if affine else ((False, False),),
+        (0.1, 0.0, 0.5, 1.0),
+        (True, False) if training is None else (training,),
     )
-    momentum, trained = _pick(
-        draw, (0.1, 0.0, 0.5, 1.0), (True, False) if training is None else (training,)
-    )
+    picked, seed = _pick(draw, choices)
+    exponent, ratio, factor, weights, vectors, momentum, trained = picked
     spread = min(max(10.0**exponent, 1 / max_spread), max_spread)
     ratio = math.copysign(min(abs(ratio), max_ratio), ratio)
     eps = min(factor, max_eps) * spread**2
-    rng = np.random.default_rng(draw(seeds()))
+    rng = np.random.default_rng(seed)
     return _assemble(
         rng, shape, axis, dtype, spread, ratio, eps, momentum, trained, vectors, weights
     )
 
 
-def _pick(draw: st.DrawFn, *choices: tuple[Any, ...]) -> list[Any]:
-    """Return one of each of the choices, all decided by a single drawn number.
+def _pick(draw: st.DrawFn, choices: Sequence[tuple[Any, ...]]) -> tuple[list[Any], int]:
+    """Return one of each of the choices, and a seed, all decided by a single draw.
 
-    A draw costs as much as a forward pass of a batch norm. The number shrinks to 0, which is the
-    first of each. Up to 127 combinations Hypothesis draws evenly, beyond them small numbers mostly.
+    Four draws take as long as five forward passes of a batch norm. A byte decides each choice, and
+    shrinks to 0, which is the first.
     """
-    number = draw(st.integers(0, math.prod(map(len, choices)) - 1))
-    picked = []
-    for options in choices:
-        number, place = divmod(number, len(options))
-        picked.append(options[place])
-    return picked
+    size = len(choices) + 4
+    drawn = draw(st.binary(min_size=size, max_size=size))
+    picked = [options[byte % len(options)] for byte, options in zip(drawn, choices, strict=False)]
+    return picked, int.from_bytes(drawn[len(choices) :])
 
 
 @st.composite
@@ -252,25 +253,27 @@ def _assemble(
     z = rng.standard_normal(shape)
     if normalise:
         z -= z.mean(others, keepdims=True)
-        z /= np.sqrt(np.mean(z * z, others, keepdims=True))
+        z /= np.sqrt(np.square(z).mean(others, keepdims=True))
     spreads = spread * 10.0 ** rng.uniform(-0.5, 0.5, kept)
     x = spreads * z + ratio * spread * rng.uniform(0.5, 1.0, kept)
-    weight = {
-        "drawn": rng.uniform(0.5, 1.5, channels) * rng.choice((-1.0, 1.0), channels),
-        "with zeros": rng.uniform(-2.0, 2.0, channels) * (rng.random(channels) < 0.5),
-        "zero": np.zeros(channels),
-        "one": np.ones(channels),
-    }[weights]
     cast = backend.as_dtype(dtype)
     return BatchNormInputs(
-        x=x.astype(cast),
-        weight=weight.astype(cast) if affine[0] else None,
+        x=x.astype(cast, copy=False),
+        weight=_weight(rng, weights, channels).astype(cast) if affine[0] else None,
         bias=rng.uniform(-2.0, 2.0, channels).astype(cast) if affine[1] else None,
         running_mean=(ratio * spread + spread * rng.uniform(-1, 1, channels)).astype(cast),
         running_var=(spread**2 * rng.uniform(0.5, 2.0, channels)).astype(cast),
         training=training,
         momentum=momentum,
         eps=float(eps),
-        cotangent=(rng.uniform(0.5, 1.5, shape) * rng.choice((-1.0, 1.0), shape)).astype(cast),
+        cotangent=signed_uniform(rng, 0.5, 1.5, shape).astype(cast, copy=False),
         axis=axis,
     )
+
+
+def _weight(rng: np.random.Generator, kind: str, channels: int) -> np.ndarray:
+    if kind == "drawn":
+        return signed_uniform(rng, 0.5, 1.5, (channels,))
+    if kind == "with zeros":
+        return rng.uniform(-2.0, 2.0, channels) * (rng.random(channels) < 0.5)
+    return np.full(channels, {"zero": 0.0, "one": 1.0}[kind])
