@@ -1,8 +1,8 @@
 """Where the time of our training step goes, op by op.
 
-Every call of an op passes through `Op.call_with_residuals`, and every rule through `Op.pull_back`;
-here both are wrapped in a stopwatch for a while. Time is booked on the outermost op, so what an op
-calls in its turn is its own expense.
+An op is called itself or by `call_with_residuals`, and its rules are asked by `pull_back`; here
+these methods are wrapped in a stopwatch for a while. Time is booked on the outermost op, so what an
+op calls in its turn is its own expense.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def profile(step: Callable[[], Turn], optimizer: Any, steps: int) -> tuple[list[
     watch = Stopwatch()
     phases: Turn = defaultdict(float)
     with (
+        replaced(Op, __call__=watch.around(Op.__call__, None, "forward")),
         replaced(Op, call_with_residuals=watch.around(Op.call_with_residuals, None, "forward")),
         replaced(Op, pull_back=watch.around(Op.pull_back, None, "backward")),
         replaced(optimizer, step=watch.around(optimizer.step, type(optimizer).__name__, "update")),

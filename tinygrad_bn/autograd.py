@@ -178,10 +178,8 @@ def _walk(
             if several:
                 _carry_between_devices(node, g, needs, create_graph, pending)
             else:
-                grads = node.op.pull_back(node, g, needs, create_graph)
-                for parent, h in zip(node.parents, grads, strict=True):
-                    if h is not None and parent is not None:
-                        _add(pending, parent, h, node)
+                for i, h in node.plan.op.pull_back(node, g, needs, create_graph):
+                    _add(pending, node.parents[i], h, node)
             if not retain_graph:
                 node.free()
     # What is left has no node to pass it on: the leaves.
@@ -196,21 +194,21 @@ def _carry_between_devices(
     (Under `create_graph` they are ops on Tensors, which look after that themselves.)
     """
     with placed(node.op.name, g if type(g) is tuple else (g,)):
-        grads = node.op.pull_back(node, g, needs, create_graph)
-    for parent, h in zip(node.parents, grads, strict=True):
-        if h is not None and parent is not None:
-            with placed(node.op.name, (h,)):
-                _add(pending, parent, h, node)
+        pairs = node.op.pull_back(node, g, needs, create_graph)
+    for i, h in pairs:
+        with placed(node.op.name, (h,)):
+            _add(pending, node.parents[i], h, node)
 
 
 def _newest_first(places: list[Any]) -> list[Any]:
     """Return every Node and Output reachable from `places`, each before all that it depends on."""
-    stack = [place for place in places if not isinstance(place, TensorBase)]
-    seen = set(stack)
+    # A dict keeps its order: that of a chain is right already, and sorting it costs nothing.
+    seen = dict.fromkeys(place for place in places if not isinstance(place, TensorBase))
+    stack = list(seen)
     while stack:
         for parent in stack.pop().parents:
             if parent is not None and parent not in seen and not isinstance(parent, TensorBase):
-                seen.add(parent)
+                seen[parent] = None
                 stack.append(parent)
     return sorted(seen, key=attrgetter("time"), reverse=True)
 

@@ -48,8 +48,8 @@ from tinygrad_bn.backend import (
 )
 from tinygrad_bn.domain import Domain
 from tinygrad_bn.grad_mode import is_grad_enabled
-from tinygrad_bn.rule import Rule
-from tinygrad_bn.tape import Node, Output, TensorBase, new_tensor
+from tinygrad_bn.rule import Plan, Rule
+from tinygrad_bn.tape import NEVER_WRITTEN, Node, Output, TensorBase, Version, new_tensor
 
 _NOTHING: Mapping[str, Any] = {}
 
@@ -113,6 +113,7 @@ class Op:
         self.view = view
         self.differentiable = differentiable
         self.rules: tuple[Rule, ...] = ()
+        self._plans: dict[tuple[bool, ...], Plan] = {}
         self.kernels: Mapping[str, str] = {}
         self.__doc__ = forward.__doc__
         self.__name__ = name
@@ -142,6 +143,7 @@ class Op:
         """
         if (rule is None) == (not per_input):
             raise TypeError(f"{self.name}.def_vjp: give one rule, or rules by input name")
+        self._plans.clear()
         if rule is not None:
             self.rules = (Rule(self, rule, None),)
             return rule
@@ -167,34 +169,83 @@ class Op:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Return the output for arrays and Tensors given in order, and options by name."""
+        if len(args) == 2 and not (options or self.kernels or self.view) and is_grad_enabled():
+            return self._call_pair(*args)
         return self._call(args, options)[0]
 
     def call_with_residuals(self, *args: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:
         """Return the output and the residuals that the forward handed out beside it."""
         return self._call(args, options)
 
-    def _call(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+    def _call_pair(self, x: Any, y: Any) -> Any:
+        """Return the output for two inputs: what `_call` returns, in half the time.
+
+        On small arrays an op is all bookkeeping, and most ops of a long chain are like x * y. So
+        what `_call`, `record` and `Plan.keep` do is written out here for two inputs, one output,
+        and rules that want nothing else. `_call` is asked where there is more to it.
+        """
+        array_x, array_y, from_x, from_y = x, y, None, None
+        version_x = version_y = NEVER_WRITTEN
+        if isinstance(x, TensorBase):
+            array_x, version_x = x.data, x.version
+            if x.requires_grad:
+                from_x = x.node or x
+            if x.view_of is not None and x.view_of != version_x[1]:
+                self._refuse_stale_view()
+        if isinstance(y, TensorBase):
+            array_y, version_y = y.data, y.version
+            if y.requires_grad:
+                from_y = y.node or y
+            if y.view_of is not None and y.view_of != version_y[1]:
+                self._refuse_stale_view()
+        plan = self._plans.get((from_x is not None, from_y is not None))
+        if plan is None or plan.pick is None or len(ARRAY_TYPES) > 1:
+            return self._call((x, y), _NOTHING)[0]
+        out = self.forward(array_x, array_y)
+        if type(out) not in ARRAY_TYPES or out.dtype.kind != "f":
+            return self._call((x, y), _NOTHING, out)[0]
+        node = Node(plan, (from_x, from_y), out.shape, out.dtype)
+        result = new_tensor(out, node)
+        if plan.wants:
+            node.saved = plan.pick((array_x, array_y, out))
+            node.guards = plan.pick((version_x, version_y, result.version))
+        return result
+
+    def _call(
+        self, args: tuple[Any, ...], options: Mapping[str, Any], out: Any = None
+    ) -> tuple[Any, Any]:
+        """Return output and residuals: unwrap `args`, run the forward, wrap what it made.
+
+        out: what the forward made of them, if it has run.
+        """
         if options and not self.defaults.keys() >= options.keys():
             args, options = self._bind(args, options)
-        arrays, parents = [], []
         tensors = recording = False
+        arrays, parents, versions = [], [], []
         for arg in args:
-            parent = None
             if isinstance(arg, TensorBase):
                 tensors = True
-                if arg.requires_grad:
-                    recording = True
-                    parent = arg.node or arg
                 if arg.view_of is not None and arg.view_of != arg.version[1]:
                     self._refuse_stale_view()
-                arg = arg.data
-            arrays.append(arg)
-            parents.append(parent)
-        if len(ARRAY_TYPES) > 1:  # a GPU's arrays are about
-            with placed(self.name, arrays):
+                arrays.append(arg.data)
+                if arg.requires_grad:
+                    recording = True
+                    parents.append(arg.node or arg)
+                else:
+                    parents.append(None)
+                versions.append(arg.version)
+            else:
+                arrays.append(arg)
+                parents.append(None)
+                versions.append(NEVER_WRITTEN)
+        if out is None:
+            if len(ARRAY_TYPES) > 1:  # a GPU's arrays are about
+                with placed(self.name, arrays):
+                    out = self._run(arrays, options)
+            elif self.kernels:
                 out = self._run(arrays, options)
-        else:
-            out = self._run(arrays, options) if self.kernels else self.forward(*arrays, **options)
+            else:
+                out = self.forward(*arrays, **options)
         residuals: Mapping[str, Any] = _NOTHING
         if type(out) not in ARRAY_TYPES:
             if type(out) is saving:
@@ -203,24 +254,29 @@ class Op:
         if not tensors:
             return out, residuals
         if recording and self.differentiable and is_grad_enabled():
-            return self.record(args, parents, out, options, residuals), residuals
-        if type(out) is tuple:
-            return tuple(map(new_tensor, out)), residuals
-        result = new_tensor(out)
+            result = self.record(arrays, parents, versions, out, options, residuals)
+        else:
+            result = tuple(map(new_tensor, out)) if type(out) is tuple else new_tensor(out)
         return self._noting_view(result, args) if self.view else result, residuals
 
     def record(
         self,
-        args: Sequence[Any],
-        parents: list[Any],
+        arrays: Sequence[Any],
+        parents: Sequence[Any],
+        versions: Sequence[Version],
         out: Any,
         options: Mapping[str, Any],
         residuals: Mapping[str, Any] = _NOTHING,
     ) -> Any:
-        """Return Tensor(s) around the raw `out` that remember how it was made from `args`.
+        """Return Tensor(s) around the raw `out` that remember how it was made from `arrays`.
 
-        parents: for each of `args`, where its cotangent goes: a node, a leaf, or None for nowhere.
+        parents: where the cotangent of each of `arrays` goes: a node, a leaf, or None for nowhere.
+        versions: of each of `arrays`.
         """
+        absent = len(self.inputs) - len(arrays)
+        if absent > 0:
+            arrays, parents = [*arrays, *[None] * absent], [*parents, *[None] * absent]
+            versions = [*versions, *[NEVER_WRITTEN] * absent]
         if type(out) is tuple:
             dtype: Any = tuple([o.dtype for o in out])
             floating = any(map(is_floating, dtype))
@@ -229,62 +285,59 @@ class Op:
             floating = dtype.kind == "f" or is_floating(dtype)
         if not floating:
             return tuple(map(new_tensor, out)) if type(out) is tuple else new_tensor(out)
-        if not self.rules:
-            raise RuntimeError(
-                f"{self.name}: it has no derivative rule, but an input requires grad; define one "
-                f"with @{self.name}.def_vjp, or call it on .detach()ed Tensors"
-            )
-        if len(args) < len(self.inputs):
-            absent = [None] * (len(self.inputs) - len(args))
-            args, parents = (*args, *absent), parents + absent
-        result: Any
+        plan = self._plan(tuple([parent is not None for parent in parents]))
         if type(out) is tuple:
-            node = Node(self, parents, tuple([o.shape for o in out]), dtype)
+            node = Node(plan, parents, tuple([o.shape for o in out]), dtype)
             places = [Output(node, i) if is_floating(o.dtype) else None for i, o in enumerate(out)]
             result = tuple(map(new_tensor, out, places))
         else:
-            node = Node(self, parents, out.shape, dtype)
+            node = Node(plan, parents, out.shape, dtype)
             result = new_tensor(out, node)
-            if self.view:
-                self._noting_view(result, args)
-        node.saved = [
-            rule.keep(node, args, options, result, residuals)
-            if rule.target is None or parents[rule.target] is not None
-            else None
-            for rule in self.rules
-        ]
+        plan.keep(node, arrays, versions, result, options, residuals)
         return result
+
+    def _plan(self, needs: tuple[bool, ...]) -> Plan:
+        """Return what to keep and how to go back where the inputs in `needs` require grad."""
+        plan = self._plans.get(needs)
+        if plan is None:
+            if not self.rules:
+                raise RuntimeError(
+                    f"{self.name}: it has no derivative rule, but an input requires grad; define "
+                    f"one with @{self.name}.def_vjp, or call it on .detach()ed Tensors"
+                )
+            plan = self._plans[needs] = Plan(self, needs)
+        return plan
 
     def pull_back(
         self, node: Node, g: Any, needs: Sequence[bool] | None, as_tensors: bool
-    ) -> Sequence[Any]:
-        """Return the cotangents of the flat inputs of `node`, raw or `as_tensors`; None for an
-        input that needs none. The engine calls this.
+    ) -> list[tuple[int, Any]]:
+        """Return pairs of a flat input of `node` and its cotangent, raw or `as_tensors`.
 
         needs: for each flat input, whether it leads to where gradients are wanted (None: each
-            input that requires grad does).
+            input that requires grad does). The others, and those whose cotangent is None, which
+            stands for zero, are left out. The engine calls this.
         """
-        kept: Any = node.saved
-        if self.rules[0].target is None:
-            needs = needs or [parent is not None for parent in node.parents]
-            return self._joint_cotangents(node, kept[0], g, needs, as_tensors)
-        grads: list[Any] = [None] * len(node.parents)
-        for rule, saved in zip(self.rules, kept, strict=True):
-            target: Any = rule.target
-            if saved is not None and (needs is None or needs[target]):
-                if as_tensors or not rule.positional:
-                    grads[target] = rule.apply(node, saved, g, needs, as_tensors)
-                else:
-                    grads[target] = rule.function(g, *saved)
-        return grads
+        plan = node.plan
+        saved: Any = plan.attached(node) if as_tensors else node.saved
+        pairs = []
+        for target, pull in plan.pulls:
+            if target is None:
+                needs = needs or plan.needs
+                grads = self._pull_all(pull, saved, g, needs, as_tensors)
+                return [(i, h) for i, h in enumerate(grads) if h is not None and needs[i]]
+            if needs is None or needs[target]:
+                h = pull(g, saved, needs)
+                if h is not None:
+                    pairs.append((target, h))
+        return pairs
 
-    def _joint_cotangents(
-        self, node: Node, saved: list[Any], g: Any, needs: Sequence[bool], as_tensors: bool
+    def _pull_all(
+        self, pull: Callable, saved: Sequence[Any], g: Any, needs: Sequence[bool], as_tensors: bool
     ) -> tuple[Any, ...]:
-        (rule,) = self.rules
-        grads = None if as_tensors else self._run_vjp(rule, saved, g, needs)
+        """Return what a kernel, or else the joint rule, gives for all inputs."""
+        grads = None if as_tensors else self._run_vjp(saved, g, needs)
         if grads is None:
-            grads = rule.apply(node, saved, g, needs, as_tensors)
+            grads = pull(g, saved, needs)
         if type(grads) is not tuple or len(grads) != len(needs):
             raise TypeError(
                 f"{self.name}: its derivative rule must return a tuple of {len(needs)} cotangents, "
@@ -309,11 +362,11 @@ class Op:
                     return out
         return self.forward(*arrays, **options)
 
-    def _run_vjp(self, rule: Rule, saved: list[Any], g: Any, needs: Sequence[bool]) -> Any:
+    def _run_vjp(self, saved: Sequence[Any], g: Any, needs: Sequence[bool]) -> Any:
         """Return what the first kernel that does not decline makes of `g`, or None."""
         if self.kernels:
             for kernel in kernels.candidates(self.kernels, "vjp", (g,)):
-                grads = kernel(**rule.by_name(saved, g, needs))
+                grads = kernel(**self.rules[0].by_name(saved, g, needs))
                 if grads is not NotImplemented:
                     return grads
         return None
@@ -334,7 +387,7 @@ class Op:
             result.view_of = source.version[1]
         return result
 
-    def _bind(self, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _bind(self, args: tuple, options: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Return the call with array inputs that were passed by name moved to their places."""
         options = dict(options)
         named = {name: options.pop(name) for name in self.inputs if name in options}

@@ -1,24 +1,26 @@
 """How a rule's parameter names become values: what a node keeps, and what a rule receives.
 
 Each parameter of a rule is resolved once, when the rule is defined, to a *want*: an input, the
-output, a shape, an option, a residual. Wants read their values when the op has been called; `apply`
-hands them to the rule in the backward pass, as raw arrays or, under `create_graph`, as
-Tensors attached to the graph where the originals stood.
+output, a shape, an option, a residual. Which rules a call needs, and so which wants it keeps,
+depends on which of its inputs require grad alone; a `Plan` is made once for each such set. In the
+backward pass the rules get what was kept: raw arrays or, under `create_graph`, Tensors attached to
+the graph where the originals stood.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from tinygrad_bn.backend import device_of
-from tinygrad_bn.tape import Node, Output, TensorBase, new_tensor
+from tinygrad_bn.tape import NEVER_WRITTEN, Node, Output, TensorBase, Version, new_tensor
 
 if TYPE_CHECKING:
     from tinygrad_bn.op import Op
 
-Args = Sequence[Any]  # of a call, flat: Tensors, arrays, numbers; None for an absent optional input
+Arrays = Sequence[Any]  # of a call, flat: arrays and numbers; None for an absent optional input
 
 
 class Rule:
@@ -30,46 +32,107 @@ class Rule:
             raise TypeError(f"{op.name}.def_vjp: the rule must take the cotangent, named 'g'")
         self.function = function
         self.target = target
-        self.names = [name for name in names if name not in ("g", "needs")]
-        self.wants = [_want(op, name) for name in self.names]
+        self.wants = {name: _want(op, name) for name in names if name not in ("g", "needs")}
         self.takes_needs = "needs" in names
         self.positional = names[0] == "g" and not self.takes_needs
 
-    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> tuple:
-        """Return the wanted values of a call that was recorded as `node`.
-
-        A tuple: of arrays alone, it is not the garbage collector's concern.
-        """
-        if not self.wants:
-            return ()
-        return tuple([want.keep(node, args, options, result, residuals) for want in self.wants])
-
-    def apply(
-        self,
-        node: Node,
-        saved: Sequence[Any],
-        g: Any,
-        needs: Sequence[bool] | None,
-        as_tensors: bool,
-    ) -> Any:
-        """Return what the rule makes of the cotangent `g` and the saved values."""
-        if as_tensors:
-            saved = [
-                want.attach(value, node) for want, value in zip(self.wants, saved, strict=True)
-            ]
-        if self.positional:
-            return self.function(g, *saved)
-        return self.function(**self.by_name(saved, g, needs))
-
-    def by_name(self, saved: Sequence[Any], g: Any, needs: Sequence[bool] | None) -> dict[str, Any]:
+    def by_name(self, saved: Sequence[Any], g: Any, needs: Sequence[bool]) -> dict[str, Any]:
         """Return the rule's arguments by name, as a kernel in its place takes them."""
-        values = dict(zip(self.names, saved, strict=True), g=g)
+        values = dict(zip(self.wants, saved, strict=True), g=g)
         if self.takes_needs:
             values["needs"] = needs
         return values
 
+    def taking_from(self, kept: Sequence[str]) -> Callable[..., Any]:
+        """Return the rule as a function of `g`, of the values of the names `kept`, and of `needs`.
 
-def _want(op: Op, name: str) -> Any:
+        Most rules take one value or none, and a call with unpacked arguments takes three times as
+        long as a plain one.
+        """
+        function = self.function
+        places = [kept.index(name) for name in self.wants]
+        if not self.positional:
+            return lambda g, saved, needs: function(
+                **self.by_name([saved[i] for i in places], g, needs)
+            )
+        if not places:
+            return lambda g, saved, needs: function(g)
+        if len(places) == 1:
+            (place,) = places
+            return lambda g, saved, needs: function(g, saved[place])
+        return lambda g, saved, needs: function(g, *[saved[i] for i in places])
+
+
+class Plan:
+    """What a call of `op` keeps, and the rules that take its cotangent back.
+
+    needs: for each flat input, whether it requires grad.
+    wants: what is kept, by name.
+    pulls: the rules as functions of `(g, saved, needs)`, with the input each is for (None: all).
+    pick: a function from `(*inputs, output)` to what is kept of them, if nothing else is kept.
+    """
+
+    def __init__(self, op: Op, needs: tuple[bool, ...]):
+        rules = [rule for rule in op.rules if rule.target is None or needs[rule.target]]
+        self.op = op
+        self.needs = needs
+        self.wants: Mapping[str, _Want] = {k: v for rule in rules for k, v in rule.wants.items()}
+        self.pulls = [(rule.target, rule.taking_from(list(self.wants))) for rule in rules]
+        self.pick = _picker(self.wants.values())
+        self._guarded = self.guarded(outputs=1)
+
+    def keep(
+        self,
+        node: Node,
+        arrays: Arrays,
+        versions: Sequence[Version],
+        result: Any,
+        options: Mapping[str, Any],
+        residuals: Mapping[str, Any],
+    ) -> None:
+        """Have `node` keep the wanted values of a call, and the versions of what may be written to.
+
+        result: the Tensor that the call made, or a tuple of them.
+        """
+        if type(result) is tuple:
+            out: Any = tuple([tensor.data for tensor in result])
+            # Output i is called -1 - i.
+            versions = [*versions, *[tensor.version for tensor in reversed(result)]]
+            guarded = self.guarded(len(result))
+        elif self.pick is not None:
+            node.saved = self.pick((*arrays, result.data))
+            node.guards = self.pick((*versions, result.version))
+            return
+        else:
+            out, versions, guarded = result.data, [*versions, result.version], self._guarded
+        wants = self.wants.values()
+        node.saved = tuple([want.read(arrays, out, options, residuals) for want in wants])
+        node.guards = tuple([versions[i] for i in guarded])
+
+    def guarded(self, outputs: int) -> list[int]:
+        """Return what each guard of a node is of: a flat input, or -1 - i for output i."""
+        inputs = len(self.needs)
+        return [i for want in self.wants.values() for i in want.guarded(inputs, outputs)]
+
+    def attached(self, node: Node) -> tuple[Any, ...]:
+        """Return what `node` saved as a rule on Tensors gets it."""
+        guards = iter(node.guards)
+        kept: Any = zip(self.wants.values(), node.saved, strict=True)  # pyrefly: ignore
+        return tuple([want.attach(value, node, guards) for want, value in kept])
+
+
+def _picker(wants: Collection[_Want]) -> Callable[..., tuple] | None:
+    """Return a function from `(*inputs, output)` to those wanted; None if more is wanted."""
+    places = [want.place for want in wants]
+    if None in places:
+        return None
+    if len(places) == 1:
+        (place,) = places
+        return lambda values: (values[place],)
+    return itemgetter(*places) if places else lambda values: ()
+
+
+def _want(op: Op, name: str) -> _Want:
     """Return the want for one parameter name of a rule of `op`."""
     base, _, suffix = name.rpartition("_")
     if name == "out":
@@ -90,55 +153,68 @@ def _want(op: Op, name: str) -> Any:
 class _Want:
     """One value that a rule asks for.
 
-    `keep(node, args, options, result, residuals)` reads it when the op has been called, and guards
-    it on `node` if a later write could change it; `attach` turns it into what a rule on Tensors
-    gets.
+    `read(arrays, out, options, residuals)` takes it from a call, and `guarded` tells which inputs
+    and outputs of the call it is part of, whose versions the node then keeps. `attach` turns it
+    into what a rule on Tensors gets, and takes as many versions from `guards`.
+
+    place: where it stands in `(*inputs, output)`; None for what does not stand there.
     """
 
-    def attach(self, value: Any, node: Node) -> Any:
+    place: int | None = None
+
+    def read(self, arrays: Arrays, out: Any, options: Any, residuals: Any) -> Any:
+        raise NotImplementedError
+
+    def guarded(self, inputs: int, outputs: int) -> Sequence[int]:
+        return ()
+
+    def attach(self, value: Any, node: Node, guards: Iterator[Version]) -> Any:
         return value
 
 
 class _Input(_Want):
     def __init__(self, index: int):
-        self.index = index
+        self.index = self.place = index
 
-    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
-        arg = args[self.index]
-        if isinstance(arg, TensorBase):
-            node.guards += ((self.index, arg.version),)
-            return arg.data
-        return arg
+    def read(self, arrays: Arrays, out: Any, options: Any, residuals: Any) -> Any:
+        return arrays[self.index]
 
-    def attach(self, value: Any, node: Node) -> Any:
-        return _attached(value, self.index, node)
+    def guarded(self, inputs: int, outputs: int) -> Sequence[int]:
+        return (self.index,)
+
+    def attach(self, value: Any, node: Node, guards: Iterator[Version]) -> Any:
+        return _attached(value, node.parents[self.index], next(guards))
 
 
 class _Rest(_Want):
     def __init__(self, start: int):
         self.start = start
 
-    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
-        rest = enumerate(args[self.start :], self.start)
-        return tuple(_guarded(arg, i, node) for i, arg in rest)
+    def read(self, arrays: Arrays, out: Any, options: Any, residuals: Any) -> Any:
+        return tuple(arrays[self.start :])
 
-    def attach(self, value: Any, node: Node) -> Any:
-        return tuple(_attached(v, i, node) for i, v in enumerate(value, self.start))
+    def guarded(self, inputs: int, outputs: int) -> Sequence[int]:
+        return range(self.start, inputs)
+
+    def attach(self, value: Any, node: Node, guards: Iterator[Version]) -> Any:
+        parents = node.parents[self.start :]
+        return tuple([_attached(v, p, next(guards)) for v, p in zip(value, parents, strict=True)])
 
 
 class _Out(_Want):
-    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
-        if type(result) is tuple:
-            return tuple(_guarded(tensor, -1 - i, node) for i, tensor in enumerate(result))
-        return _guarded(result, -1, node)
+    place = -1  # behind the inputs
 
-    def attach(self, value: Any, node: Node) -> Any:
+    def read(self, arrays: Arrays, out: Any, options: Any, residuals: Any) -> Any:
+        return out
+
+    def guarded(self, inputs: int, outputs: int) -> Sequence[int]:
+        return range(-1, -1 - outputs, -1)
+
+    def attach(self, value: Any, node: Node, guards: Iterator[Version]) -> Any:
         if type(value) is tuple:
-            return tuple(
-                _sharing_version(new_tensor(v, Output(node, i)), -1 - i, node)
-                for i, v in enumerate(value)
-            )
-        return _sharing_version(new_tensor(value, node), -1, node)
+            places = enumerate(value)
+            return tuple([_attached(v, Output(node, i), next(guards)) for i, v in places])
+        return _attached(value, node, next(guards))
 
 
 class _Attribute(_Want):
@@ -146,8 +222,8 @@ class _Attribute(_Want):
         self.attribute = attribute
         self.index = index
 
-    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
-        return _attribute(args[self.index], self.attribute)
+    def read(self, arrays: Arrays, out: Any, options: Any, residuals: Any) -> Any:
+        return _attribute(arrays[self.index], self.attribute)
 
 
 class _RestAttribute(_Want):
@@ -155,8 +231,8 @@ class _RestAttribute(_Want):
         self.attribute = attribute
         self.start = start
 
-    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
-        return tuple(_attribute(arg, self.attribute) for arg in args[self.start :])
+    def read(self, arrays: Arrays, out: Any, options: Any, residuals: Any) -> Any:
+        return tuple([_attribute(array, self.attribute) for array in arrays[self.start :]])
 
 
 class _Option(_Want):
@@ -164,7 +240,7 @@ class _Option(_Want):
         self.name = name
         self.default = default
 
-    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
+    def read(self, arrays: Arrays, out: Any, options: Any, residuals: Any) -> Any:
         return options.get(self.name, self.default)
 
 
@@ -173,7 +249,7 @@ class _Residual(_Want):
         self.op_name = op_name
         self.name = name
 
-    def keep(self, node: Node, args: Args, options: Any, result: Any, residuals: Any) -> Any:
+    def read(self, arrays: Arrays, out: Any, options: Any, residuals: Any) -> Any:
         if self.name not in residuals:
             raise TypeError(
                 f"{self.op_name}: its derivative rule asks for {self.name!r}, which is no input, "
@@ -181,31 +257,20 @@ class _Residual(_Want):
             )
         return residuals[self.name]
 
-    def attach(self, value: Any, node: Node) -> Any:
+    def attach(self, value: Any, node: Node, guards: Iterator[Version]) -> Any:
         # A floating residual depends on the inputs. Handing it out here would freeze it: right at
         # first order and wrong at second.
         return value if _is_discrete(value) else None
 
 
-def _guarded(arg: Any, index: int, node: Node) -> Any:
-    if isinstance(arg, TensorBase):
-        node.guards += ((index, arg.version),)
-        return arg.data
-    return arg
-
-
-def _attached(value: Any, index: int, node: Node) -> Any:
-    parent = node.parents[index]
+def _attached(value: Any, parent: Any, version: Version) -> Any:
+    """Return the Tensor that `value` came from, or one in its place of the graph."""
     if isinstance(parent, TensorBase):
         return parent
-    if parent is None and all(i != index for i, _ in node.guards):
+    if version is NEVER_WRITTEN:
         return value  # it came as a raw array or a number
-    return _sharing_version(new_tensor(value, parent), index, node)
-
-
-def _sharing_version(tensor: Any, index: int, node: Node) -> Any:
-    """Return `tensor` with the version of the original, so that later writes are seen."""
-    tensor.version = next(version for i, version in node.guards if i == index)
+    tensor = new_tensor(value, parent)
+    tensor.version = version  # so that later writes are seen
     return tensor
 
 
@@ -221,9 +286,7 @@ def _is_discrete(value: Any) -> bool:
     return not isinstance(value, (float, complex))
 
 
-def _attribute(arg: Any, attribute: str) -> Any:
-    if isinstance(arg, TensorBase):
-        arg = arg.data
+def _attribute(array: Any, attribute: str) -> Any:
     if attribute == "device":
-        return device_of(arg)
-    return getattr(arg, attribute, () if attribute == "shape" else None)
+        return device_of(array)
+    return getattr(array, attribute, () if attribute == "shape" else None)

@@ -11,9 +11,14 @@ from tinygrad_bn.backend.recording import each_time
 
 if TYPE_CHECKING:
     from tinygrad_bn.op import Op
+    from tinygrad_bn.rule import Plan
 
 #: The clock of the tape: nodes and writes are numbered in the order in which they happen.
 _tick = itertools.count(1).__next__
+
+Version = list[int]
+#: The version of what is no Tensor: a raw array, whose writes the tape does not see, or a number.
+NEVER_WRITTEN: Version = [0, 0]
 
 
 class TensorBase:
@@ -37,7 +42,7 @@ class TensorBase:
     grad: Any
     node: Node | Output | None
     requires_grad: bool
-    version: list[int]
+    version: Version
     view_of: int | None
 
     def note_write(self) -> None:
@@ -66,37 +71,43 @@ _new = object.__new__
 class Node:
     """One recorded op.
 
+    plan: of its op, for those of its inputs that require grad: what is saved, and the rules.
     parents: for each flat array input, where its cotangent goes: a Node, an Output or a leaf
         Tensor, or None for an input that needs no gradient.
     shape, dtype: of the output; tuples of them for several outputs.
-    saved: for each rule of the op, the values it asked for; None once freed.
-    guards: `(input index, version)` for every saved Tensor (-1: the output).
-    time: when it was recorded; what it saved must not have been written to since.
+    saved: the values that the rules asked for; None once freed.
+    guards: the versions of the inputs and outputs among them.
     retained: a weak reference to the Tensor that wants its gradient kept, or None; for several
         outputs, such references by index.
+    time: when it was recorded; what it saved must not have been written to since.
     """
 
     __slots__ = (
         "__weakref__",
         "dtype",
         "guards",
-        "op",
         "parents",
+        "plan",
         "retained",
         "saved",
         "shape",
         "time",
     )
 
-    def __init__(self, op: Op, parents: Sequence[Any], shape: Any, dtype: Any):
-        self.op = op
+    def __init__(self, plan: Plan, parents: Sequence[Any], shape: Any, dtype: Any):
+        self.plan = plan
         self.parents = parents
         self.shape = shape
         self.dtype = dtype
-        self.saved: list[Any] | None = None
-        self.guards: tuple[tuple[int, list[int]], ...] = ()
+        self.saved: tuple[Any, ...] | None = ()
+        self.guards: tuple[Version, ...] = ()
         self.retained: Any = None
         self.time = _tick()
+
+    @property
+    def op(self) -> Op:
+        """The op that was recorded."""
+        return self.plan.op
 
     def check(self) -> None:
         """Raise RuntimeError unless everything that was saved is there and unchanged."""
@@ -105,11 +116,12 @@ class Node:
                 f"backward through {self.op.name!r} a second time: what it had saved was freed by "
                 f"the first pass; pass retain_graph=True to that one"
             )
-        for index, version in self.guards:
+        for i, version in enumerate(self.guards):
             if version[0] > self.time:
+                places = self.plan.guarded(len(self.dtype) if type(self.dtype) is tuple else 1)
                 raise RuntimeError(
-                    f"backward through {self.op.name!r}: its {self.op.describe(index)} was changed "
-                    f"in place after the forward; call backward first, or write to a copy"
+                    f"backward through {self.op.name!r}: its {self.op.describe(places[i])} was "
+                    f"changed in place after the forward; call backward first, or write to a copy"
                 )
 
     def free(self) -> None:

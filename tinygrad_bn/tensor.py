@@ -19,7 +19,7 @@ from tinygrad_bn.ops import linalg as _l
 from tinygrad_bn.ops import reduction as _r
 from tinygrad_bn.ops import shape as _s
 from tinygrad_bn.ops.reduction import Axis
-from tinygrad_bn.tape import Output, TensorBase, new_tensor, rebase, require_floating
+from tinygrad_bn.tape import NEVER_WRITTEN, Output, TensorBase, new_tensor, rebase, require_floating
 
 Array = Any
 Scalar = int | float | bool
@@ -296,7 +296,6 @@ class Tensor(TensorBase):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         index = _raw_index(index)
-        _i.check_index("assignment", self.shape, index)
 
         def write(data: Array, raw: Array) -> None:
             data[index] = raw
@@ -332,7 +331,8 @@ class Tensor(TensorBase):
                 # Recorded first: what the rule saves must be found changed if this write changes it
                 wanted = is_tensor and value.requires_grad
                 parents = [self.node, (value.node or value) if wanted else None]
-                result = op.record((_twin(self), value), parents, self.data, options)
+                versions = [self.version, value.version if is_tensor else NEVER_WRITTEN]
+                result = op.record([self.data, raw], parents, versions, self.data, options)
                 write(self.data, raw)
                 rebase(self, result.node)
                 self.version[1] += 1
@@ -555,13 +555,6 @@ def _without_tensors(data: Any) -> Any:
     if isinstance(data, (list, tuple)):
         return [_without_tensors(entry) for entry in data]
     return data.numpy() if isinstance(data, Tensor) else data
-
-
-def _twin(tensor: Tensor) -> Tensor:
-    """Return a Tensor in the same place of the graph, around the same memory and version."""
-    twin = new_tensor(tensor.data, tensor.node)
-    twin.version = tensor.version
-    return twin
 
 
 def _sizes(arguments: tuple[Any, ...]) -> tuple[int, ...]:

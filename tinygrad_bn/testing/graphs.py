@@ -181,8 +181,9 @@ def _one_step_back(
     recorded = place.parents[0] if isinstance(place, Output) else place
     # The op's rule and nothing else: the engine's walk is what is being checked.
     shares = node.op.pull_back(recorded, cotangent, None, False)
-    for source, tensor, h in zip(node.inputs, inputs, shares, strict=False):
-        if source is not None and h is not None and isinstance(tensor, Tensor):
+    for k, h in shares:
+        source, tensor = node.inputs[k], inputs[k]
+        if source is not None:
             yield source, _summed_to(np.asarray(h), tensor.shape)
 
 
