@@ -227,6 +227,26 @@ def test_a_rule_that_returns_a_saved_array_does_not_give_it_away():
     assert not np.shares_memory(w.grad.numpy(), x.numpy())
 
 
+def test_an_array_that_a_rule_made_for_the_gradient_becomes_the_gradient():
+    @tg.op
+    def twice(x):
+        return 2 * x
+
+    made = []
+
+    @twice.def_vjp
+    def _(g):
+        gx = 2 * g
+        made.append(gx.__array_interface__["data"])
+        return (gx,)
+
+    x = leaf(1.0, 2.0)
+    twice(x).sum().backward()
+    assert x.grad.data.__array_interface__["data"] == made[0]
+    (returned,) = tg.grad(twice(x).sum(), x)
+    assert returned.data.__array_interface__["data"] == made[1]
+
+
 def test_gradients_of_a_leaf_that_is_the_output_itself_are_copies():
     x = leaf(1.0, 2.0)
     cotangent = np.ones(2)

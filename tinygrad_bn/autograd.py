@@ -58,7 +58,8 @@ def backward(
         if watch is not None:
             watch.saw_gradient(leaf)
         if leaf.grad is None:
-            leaf.grad = _own(g, sys.getrefcount(g))
+            references = sys.getrefcount(g)  # as an argument of _own it would have one more
+            leaf.grad = _own(g, references)
         elif create_graph or leaf.grad.requires_grad:
             leaf.grad = leaf.grad + g
         else:
@@ -128,7 +129,8 @@ def grad(
             raise RuntimeError(
                 f"grad: no output depends on inputs[{i}]; pass allow_unused=True to get None for it"
             )
-        results[place] = None if g is None else _own(g, sys.getrefcount(g))
+        references = sys.getrefcount(g)
+        results[place] = None if g is None else _own(g, references)
     places = [_place(tensor) for tensor in inputs]
     first = {place: i for i, place in reversed(list(enumerate(places)))}
     return tuple(
