@@ -77,8 +77,12 @@ $(STAMPS)/venv:
 	@"$(PYTHON)" -m venv .venv
 	@rm -rf $(STAMPS) && mkdir $(STAMPS) && pwd -P > $@
 
+# Training should be fast where it can be; what runs on NumPy alone is a smaller install by hand.
+$(STAMPS)/train: EXTRAS = train,fast
+$(STAMPS)/%: EXTRAS = $*
+
 # One stamp for each extra, so that `make test` need not install what only `make bench` uses.
 $(STAMPS)/%: pyproject.toml $(STAMPS)/venv
-	@echo "Installing tinygrad_bn[$*] into .venv"
-	@$(PY) -m pip install --quiet --quiet --disable-pip-version-check --editable '.[$*]'
+	@echo "Installing tinygrad_bn[$(EXTRAS)] into .venv"
+	@$(PY) -m pip install --quiet --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@

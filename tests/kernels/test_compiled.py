@@ -49,6 +49,12 @@ def test_a_function_runs_in_the_dtype_it_was_asked_for(dtype):
     assert scale.of(x.dtype) is scale.of(x.dtype)
 
 
+def test_it_can_be_called_in_python():
+    y = np.empty(3)
+    scale(np.ones(3), 2, y)
+    assert y.tolist() == [4, 4, 4]
+
+
 def test_letters_stand_for_dtypes_in_the_order_of_their_appearance():
     x, weights = np.arange(6.0).reshape(2, 3), np.array([1, 0, 2], np.uint8)
     assert total.of(np.float64, np.uint8)(x, weights, 2, True) == -(x @ weights).sum()

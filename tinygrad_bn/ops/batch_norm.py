@@ -275,7 +275,9 @@ def _(
 
 
 batch_norm.use_kernels(
-    numpy="tinygrad_bn.kernels.cpu.numpy_batch_norm", cuda="tinygrad_bn.kernels.cuda.batch_norm"
+    numba="tinygrad_bn.kernels.cpu.numba_batch_norm",
+    numpy="tinygrad_bn.kernels.cpu.numpy_batch_norm",
+    cuda="tinygrad_bn.kernels.cuda.batch_norm",
 )
 
 
@@ -332,6 +334,7 @@ def _(
 
 
 batch_norm_given.use_kernels(
+    numba="tinygrad_bn.kernels.cpu.numba_batch_norm_given",
     numpy="tinygrad_bn.kernels.cpu.numpy_batch_norm_given",
     cuda="tinygrad_bn.kernels.cuda.batch_norm_given",
 )

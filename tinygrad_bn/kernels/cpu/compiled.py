@@ -88,6 +88,10 @@ class Compiled:
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
 
+    def __call__(self, *args: Any) -> Any:
+        """Run the function in Python, slowly: to step through it."""
+        return self.function(*args)
+
     def of(self, *dtypes: Any) -> Function:
         """Return the function for arguments of these dtypes, made now if it is not there yet."""
         function = self._made.get(dtypes)

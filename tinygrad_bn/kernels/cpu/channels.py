@@ -1,0 +1,123 @@
+"""How a tensor is handed to the compiled loops of `numba_channels`: flat, in shares, one a thread.
+
+In memory's order a tensor is (N, C, S), the channels' sizes multiplied to C. Runs of S shorter than
+`SHORTEST_RUN` leave an inner loop too little to do. Then the entries of whole samples, as many as
+make a row of `SHORTEST_ROW`, are taken for channels of their own, and what is known of each channel
+is spread over the entries of the row; S is 1 to the loops. Samples that do not fill a row are a
+share by themselves, the tail.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn.kernels.cpu import threads
+from tinygrad_bn.kernels.layout import inverse, memory_order
+
+Array = Any
+Axes = tuple[int, ...]
+
+# Below this many entries NumPy needs no longer than the calls do.
+SMALLEST = 1 << 12
+# A thread's share is worth waking it up for.
+SMALLEST_SHARE = 1 << 14
+SHORTEST_RUN, SHORTEST_ROW = 128, 1024
+# A row of more entries than this pushes the numbers beside it out of the cache.
+LONGEST_ROW = 1 << 15
+
+
+class Channels:
+    """How to hand over tensors of one shape, channel axes and order in memory.
+
+    groups: into how many tensors axis 0 is split, each with statistics of its own.
+    """
+
+    def __init__(self, shape: Axes, axis: Axes, order: Axes, groups: int = 1):
+        sizes = [shape[i] for i in order]
+        first = order.index(axis[0])
+        self.order = order
+        self.inverse = inverse(order)
+        self.sizes = tuple(sizes)
+        self.groups = groups
+        self.channels = math.prod(sizes[first : first + len(axis)])
+        self.run = math.prod(sizes[first + len(axis) :])
+        samples = math.prod(sizes[:first]) // groups
+        self.count = samples * self.run
+        kept = tuple(size if i in axis else 1 for i, size in enumerate(shape))
+        self.kept_shape = kept if groups == 1 else (groups, *kept)
+        period = self.channels * self.run
+        self.spreads = self.run < SHORTEST_RUN and period <= LONGEST_ROW
+        self.repeats = min(samples, -(-SHORTEST_ROW // period)) if self.spreads else 1
+        self.row = self.repeats * period
+        self.rows, tail = divmod(samples, self.repeats)
+        self.tail = tail * period
+        self.inner = 1 if self.spreads else self.run  # what the loops are told for S
+
+    def lay(self, x: Array) -> Array:
+        """Return x as (groups, entries in memory's order), copied only if it is not dense."""
+        return np.ascontiguousarray(x.transpose(self.order)).reshape(self.groups, -1)
+
+    def empty(self, dtype: Any) -> Array:
+        """Return a new array whose reshape to (groups, -1) is as `lay` gives them."""
+        return np.empty(self.sizes, dtype)
+
+    def back(self, made: Array) -> Array:
+        """Return what `empty` gave with its axes as they were."""
+        # Not even a view of it where the order is x's own: what is handed out owns its memory.
+        return made if self.inverse == tuple(range(made.ndim)) else made.transpose(self.inverse)
+
+    def spread(self, vectors: Array) -> Array:
+        """Return vectors (k, C) as the loops want them: a number for each entry of a row, or C."""
+        if not self.spreads:
+            return vectors
+        return np.tile(np.repeat(vectors, self.run, axis=1), (1, self.repeats))
+
+    def folded(self, totals: Array) -> Array:
+        """Return sums (k, as wide as `spread`) summed for each channel: (k, C)."""
+        if not self.spreads:
+            return totals
+        return totals.reshape(len(totals), -1, self.channels, self.run).sum(axis=(1, 3))
+
+    def share_out(self, work: Callable[[slice, Array], Any], vectors: Array) -> list[Any]:
+        """Return `work(part, vectors)` for each share: a slice of a laid group, and the vectors.
+
+        The shares depend on the number of threads alone, and so does the order of every sum.
+        """
+        size = self.rows * self.row
+        count = max(1, min(threads.num_threads(), self.rows, size // SMALLEST_SHARE))
+        cuts = [self.rows * i // count * self.row for i in range(count + 1)]
+        parts = [(slice(a, b), vectors) for a, b in pairwise(cuts)]
+        if self.tail:
+            cut = np.ascontiguousarray(vectors[:, : self.tail])
+            parts.append((slice(size, size + self.tail), cut))
+        results: list[Any] = [None] * len(parts)
+
+        def run(i: int) -> None:
+            results[i] = work(*parts[i])
+
+        threads.parallel(run, len(parts))
+        return results
+
+
+def channels_of(x: Array, axis: Axes, groups: int = 1) -> Channels | None:
+    """Return how x is handed over, or None if it is too small, or of a dtype not served."""
+    if x.size < SMALLEST * groups or x.dtype not in (np.float32, np.float64):
+        return None
+    if not x.flags.aligned:
+        return None
+    order = memory_order(x, axis) or _order_of_a_copy(x.ndim, axis)
+    if groups > 1 and order[0] != 0:
+        return None
+    return Channels(x.shape, axis, order, groups)
+
+
+def _order_of_a_copy(ndim: int, axis: Axes) -> Axes:
+    """Return the order for a tensor that must be copied: its own, if the channels are together."""
+    if axis == tuple(range(axis[0], axis[0] + len(axis))):
+        return tuple(range(ndim))
+    return (*(i for i in range(ndim) if i not in axis), *axis)
