@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.backend import (
+    check_data,
     cuda_is_available,
     default_device,
     get_default_device,
@@ -59,6 +60,7 @@ __all__ = [
     "Tensor",
     "arange",
     "capture",
+    "check_data",
     "concatenate",
     "cuda_is_available",
     "data",

@@ -15,7 +15,7 @@ from tinygrad_bn.normalization import (
     kept_axes,
     raw,
 )
-from tinygrad_bn.ops.elementwise import clip, sqrt
+from tinygrad_bn.ops.elementwise import maximum, minimum, sqrt
 
 
 def batch_renorm(
@@ -51,6 +51,10 @@ def batch_renorm(
     """
     if not training:
         return batch_norm(x, running_mean, running_var, weight, bias, eps=eps, axis=axis)
+    if not (r_max >= 1 and d_max >= 0):
+        raise ValueError(
+            f"batch_renorm: r_max is {r_max} and d_max {d_max}, expected r_max >= 1 and d_max >= 0"
+        )
     y, found = batch_renorm_and_statistics(
         x, running_mean, running_var, weight, bias, eps, r_max=r_max, d_max=d_max, axis=axis
     )
@@ -66,18 +70,15 @@ def batch_renorm_and_statistics(
     bias: Any = None,
     eps: float = 1e-5,
     *,
-    r_max: float = 3.0,
-    d_max: float = 5.0,
+    r_max: Any = 3.0,
+    d_max: Any = 5.0,
     axis: Axis = 1,
 ) -> tuple[Any, BatchStatistics]:
     """Return what `batch_renorm` returns in training, and the statistics of this batch.
 
-    The running statistics stay as they are. Arguments and errors as `batch_renorm`'s.
+    The running statistics stay as they are. Arguments and errors as `batch_renorm`'s; the limits
+    may also be arrays of one number, and are not looked at.
     """
-    if not (r_max >= 1 and d_max >= 0):
-        raise ValueError(
-            f"batch_renorm: r_max is {r_max} and d_max {d_max}, expected r_max >= 1 and d_max >= 0"
-        )
     axes = kept_axes("batch_renorm", x, axis)
     vectors = {"running_mean": running_mean, "running_var": running_var}
     check_vectors("batch_renorm", {**vectors, "weight": weight, "bias": bias}, axes, x)
@@ -91,7 +92,8 @@ def batch_renorm_and_statistics(
         shape = before_mean.shape
         r = sqrt(found.var.reshape(shape) + float(eps)) / before_deviation
         d = (found.mean.reshape(shape) - before_mean) / before_deviation
-        r, d = clip(r, min=1 / r_max, max=r_max), clip(d, min=-d_max, max=d_max)
+        r = minimum(maximum(r, 1 / r_max), r_max)
+        d = minimum(maximum(d, -d_max), d_max)
     scale = r if weight is None else weight * r
     shift = d if weight is None else weight * d
     shift = shift if bias is None else shift + bias

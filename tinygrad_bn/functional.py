@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tinygrad_bn.backend import array_module, as_dtype, float32, generator
+from tinygrad_bn.backend import array_module, as_dtype, extremes, float32, generator
 from tinygrad_bn.backend.creation import like
 from tinygrad_bn.batch_renormalization import batch_renorm
 from tinygrad_bn.layer_normalization import group_norm, instance_norm, layer_norm, rms_norm
@@ -345,11 +345,11 @@ def one_hot(labels: Any, num_classes: int, *, dtype: Any = float32) -> Any:
             f"one_hot: labels are {raw.dtype}, expected integers; convert them, for example with "
             f".astype('int64')"
         )
-    least, most = (raw.min().item(), raw.max().item()) if raw.size else (0, 0)
-    if least < 0 or most >= max(1, num_classes):
+    range_ = extremes(raw)
+    if range_ is not None and not 0 <= range_[0] <= range_[1] < num_classes:
         raise ValueError(
-            f"one_hot: labels range from {least} to {most}, expected 0 to {num_classes - 1}; check "
-            f"num_classes"
+            f"one_hot: labels range from {range_[0]} to {range_[1]}, expected 0 to "
+            f"{num_classes - 1}; check num_classes"
         )
     classes = array_module(raw).arange(num_classes)
     hot = _elementwise.equal(_shape.expand_dims(labels, -1), like(classes, raw))

@@ -86,6 +86,38 @@ def test_evaluation_kernel_matches_the_generic_form(case):
     assert (np.abs(got - expected) <= 1e-6 * case.along(scale + 1)).all()
 
 
+@given(case=cases(dtype=np.float32, max_offset=100.0), given_offset=st.floats(-100, 100))
+def test_evaluation_gradients_match_the_generic_form(case, given_offset):
+    assume(_together(list(range(case.x.ndim)), case.axis))
+    channels = tuple(case.x.shape[i] for i in case.axis)
+    rng = np.random.default_rng(1)
+    weight = np.ones(channels, np.float32) if case.weight is None else case.weight
+    mean, var = rng.standard_normal(channels) + given_offset, rng.uniform(0.1, 4, channels)
+    arguments = (case.g, case.x, mean.astype(np.float32), var.astype(np.float32), weight, None)
+    got = numpy_batch_norm_given.vjp(*arguments, case.axis, case.eps, (True,) * 5)
+    (generic,) = batch_norm_given.rules
+    expected = generic.function(*arguments, case.axis, case.eps, (True,) * 5)
+    s = 1 / np.sqrt(var.astype(np.float32) + case.eps)
+    deviation = np.abs(case.x - case.along(mean.astype(np.float32)))
+    g_sum = np.abs(case.g).sum(axis=case.reduced)
+    gd_sum = (np.abs(case.g) * deviation).sum(axis=case.reduced)
+    scales = (
+        case.along(np.abs(weight) * s) * np.abs(case.g),
+        np.abs(weight) * s * g_sum,
+        np.abs(weight) * s**3 * gd_sum,
+        s * gd_sum,
+        g_sum,
+    )
+    for a, b, scale in zip(got, expected, scales, strict=True):
+        assert a.shape == b.shape and (np.abs(a - b) <= 1e-6 * scale + 1e-30).all()
+    assert (
+        numpy_batch_norm_given.vjp(
+            *arguments, case.axis, case.eps, (True, False, False, False, False)
+        )[1:]
+        == (None,) * 4
+    )
+
+
 @given(case=cases(dtype=np.float32, max_offset=1e3), groups=st.sampled_from([1, 2, 3]))
 def test_groups_are_batches_of_their_own(case, groups):
     assume(0 not in case.axis and _together(list(range(case.x.ndim)), case.axis))

@@ -98,8 +98,8 @@ def about_zero(statistics):
 
 
 def low_part_dropped(high_part):
-    def call(blocks, mean, var):
-        return None if high_part(blocks, mean, var) is None else mean
+    def call(blocks, mean, *args):
+        return None if high_part(blocks, mean, *args) is None else mean
 
     return call
 
@@ -203,9 +203,9 @@ def affine_with(**changes):
     names = ("blocks", "laid", "mean", "var", "weight", "bias", "eps", "out")
 
     def change(affine):
-        def call(*args):
+        def call(*args, **options):
             given = dict(zip(names, args, strict=True))
-            return affine(**given | {name: new(given) for name, new in changes.items()})
+            return affine(**given | {name: new(given) for name, new in changes.items()}, **options)
 
         return call
 

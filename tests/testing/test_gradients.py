@@ -264,7 +264,9 @@ def test_a_fault_does_not_hide_behind_a_larger_gradient(size, seed):
     wrong = affine(lambda g, x: g * x * 1.01, size)
     with pytest.raises(GradCheckError, match=r"input 1 \('w'\) is wrong") as caught:
         check_grad(wrong, *inputs, seed=seed)
-    assert not isinstance(caught.value, Inconclusive) and "factor" in str(caught.value)
+    assert not isinstance(caught.value, Inconclusive)
+    # Of a sum that is a billion times larger, too few digits are left to tell of what kind it is.
+    assert size == 1e9 or "missing factor 0.990099" in str(caught.value)
 
 
 def test_a_kink_in_one_of_several_inputs_is_noticed():

@@ -14,6 +14,7 @@ from tinygrad_bn.backend.arrays import (
     same_memory,
     to_numpy,
 )
+from tinygrad_bn.backend.checks import check_data, extremes
 from tinygrad_bn.backend.devices import (
     backend_for,
     cuda_is_available,
@@ -50,6 +51,7 @@ __all__ = [
     "backend_for",
     "backend_of",
     "cast",
+    "check_data",
     "check_numbers",
     "converted",
     "copied",
@@ -57,6 +59,7 @@ __all__ = [
     "default_device",
     "device_index",
     "device_of",
+    "extremes",
     "float32",
     "float64",
     "from_dlpack",

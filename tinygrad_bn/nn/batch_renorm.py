@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from tinygrad_bn.backend import placed
 from tinygrad_bn.batch_renormalization import batch_renorm_and_statistics
 from tinygrad_bn.nn.batch_norm import BatchNorm
 from tinygrad_bn.nn.conventions import BY_CONVENTION, Default
 from tinygrad_bn.nn.per_channel import Axis, ignore
 from tinygrad_bn.normalization import BatchStatistics
+from tinygrad_bn.ops.elementwise import clip
 
 Warmup = tuple[int, int, int]
 
@@ -69,7 +71,7 @@ class BatchRenorm(BatchNorm):
             )
         self.r_max, self.d_max, self.warmup = float(r_max), float(d_max), warmup
         #: Running mean and variance and the limits, as the latest forward that moved them met them.
-        self._met: tuple[Any, Any, tuple[float, float]] | None = None
+        self._met: tuple[Any, Any, tuple[Any, Any]] | None = None
         super().__init__(
             num_features,
             eps,
@@ -86,23 +88,31 @@ class BatchRenorm(BatchNorm):
 
     def limits(self) -> tuple[float, float]:
         """Return r_max and d_max as the next batch will meet them."""
+        r_max, d_max = self._limits()
+        return float(r_max), float(d_max)
+
+    def _limits(self) -> tuple[Any, Any]:
+        """Return the limits as numbers, or as arrays computed where the counter is: it may be on a
+        GPU, for which no step should have to wait."""
         if self.warmup is None:
             return self.r_max, self.d_max
         counter: Any = self.num_batches_tracked
-        seen = int(counter)
         start, *ends = self.warmup
-        r, d = (
-            float(seen >= end) if end == start else (seen - start) / (end - start) for end in ends
-        )
-        r, d = min(max(r, 0.0), 1.0), min(max(d, 0.0), 1.0)
-        return 1 + r * (self.r_max - 1), d * self.d_max
+        with placed(self._name, (counter.data,)):
+            r, d = (
+                (counter.data >= end).astype("float64")
+                if end == start
+                else clip((counter.data - start) / (end - start), min=0.0, max=1.0)
+                for end in ends
+            )
+            return 1 + r * (self.r_max - 1), d * self.d_max
 
     def _by_the_batch(self, x: Any, mask: Any) -> tuple[Any, BatchStatistics]:
         if mask is not None:
             raise ValueError(f"{self._name}: it takes no mask; use nn.BatchNorm")
         mean: Any = self.running_mean
         var: Any = self.running_var
-        met = mean.data, var.data, self.limits()
+        met = mean.data, var.data, self._limits()
         if self._sink is ignore:
             met = self._met or met
         elif x.size:

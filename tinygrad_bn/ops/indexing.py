@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinygrad_bn.backend import array_module
+from tinygrad_bn.backend import array_module, backend_of, extremes
 from tinygrad_bn.domain import Domain, Real, case
 from tinygrad_bn.op import op
 
@@ -33,9 +33,40 @@ def is_basic(index: Any) -> bool:
     )
 
 
+def check_index(name: str, shape: tuple[int, ...], index: Any) -> None:
+    """Raise IndexError for arrays of integers in `index` that are out of bounds, where a GPU would
+    wrap them round and is to be asked (see `check_data`); NumPy looks for itself."""
+    parts = index if isinstance(index, tuple) else (index,)
+    arrays = [part for part in parts if hasattr(part, "dtype")]
+    if not any(backend_of(array).accelerator is not None for array in arrays):
+        return
+    widths = [_axes_taken(part) for part in parts]
+    rest = len(shape) - sum(widths)
+    axis = 0
+    for part, width in zip(parts, widths, strict=True):
+        if part is Ellipsis:
+            axis += rest
+        if hasattr(part, "dtype") and part.dtype.kind in "iu":
+            found = extremes(part)
+            if found is not None and not -shape[axis] <= found[0] <= found[1] < shape[axis]:
+                raise IndexError(
+                    f"{name}: indices range from {found[0]} to {found[1]}, but axis {axis} of the "
+                    f"shape {shape} has the entries 0 to {shape[axis] - 1}"
+                )
+        axis += width
+
+
+def _axes_taken(part: Any) -> int:
+    """Return how many axes a part of an index stands for."""
+    if part is None or part is Ellipsis:
+        return 0
+    return part.ndim if hasattr(part, "dtype") and part.dtype.kind == "b" else 1
+
+
 @op(view=True, domain=Domain(cases=tuple(case(shape, index=i) for shape, i, _ in _INDICES)))
 def getitem(x: Any, *, index: Any) -> Any:
     """Return x[index]: a view for a basic index, even of one entry; a copy for an advanced one."""
+    check_index("getitem", x.shape, index)
     out = x[index]
     if hasattr(out, "base") and type(out) is type(x):
         return out
@@ -52,6 +83,7 @@ def scatter_add(x: Any, *, index: Any, shape: tuple[int, ...]) -> Any:
 
     It is the transpose of `getitem`, and `getitem` is its.
     """
+    check_index("scatter_add", shape, index)
     xp = array_module(x)
     out = xp.zeros(shape, dtype=x.dtype)
     if is_basic(index):
@@ -81,6 +113,7 @@ def setitem(x: Any, value: Any, *, index: Any) -> Any:
     If an integer-array index names an entry twice, which value it keeps is left open, as in NumPy,
     and both receive its cotangent.
     """
+    check_index("setitem", x.shape, index)
     out = x.copy()
     out[index] = value
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tinygrad_bn.backend import array_module, device_of, is_floating, saving
+from tinygrad_bn.backend import array_module, extremes, is_floating, saving
 from tinygrad_bn.domain import Domain, Integer, Real, case
 from tinygrad_bn.op import op
 from tinygrad_bn.ops.convolution import working_dtype
@@ -145,11 +145,10 @@ def _check_target(logits: Any, target: Any) -> bool:
             f"cross_entropy: target of shape {labels} holds labels and must be of an integer "
             f"dtype, not {target.dtype}; convert it, for example with target.astype('int64')"
         )
-    # Only on the CPU: reading a value back from a GPU would make every step wait for it.
-    on_cpu = device_of(target) == "cpu"
-    if on_cpu and target.size and not (target.min() >= 0 and target.max() < shape[1]):
+    range_ = extremes(target)
+    if range_ is not None and not 0 <= range_[0] <= range_[1] < shape[1]:
         raise ValueError(
-            f"cross_entropy: labels range from {int(target.min())} to {int(target.max())}, but "
+            f"cross_entropy: labels range from {range_[0]} to {range_[1]}, but "
             f"logits of shape {shape} have the classes 0 to {shape[1] - 1}; check the labels or "
             f"the size of the last layer"
         )

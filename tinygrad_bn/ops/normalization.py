@@ -104,6 +104,9 @@ def _(
     )
 
 
+layer_norm.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_layer_norm")
+
+
 @op(
     domain=Domain(
         inputs=(Real(), Real()),
@@ -151,6 +154,9 @@ def _(
         h = g if weight is None else g * along(weight, x.shape, channels)
         gx = r * (h - x_hat * sample.mean(h * x_hat))
     return gx, per_channel(g * x_hat, channels) if needs[1] else None
+
+
+rms_norm.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_rms_norm")
 
 
 def _mean_square(x: Any, sample: Sample) -> Any:

@@ -240,7 +240,8 @@ class Probe:
         if i not in self._noise:
             arrays = list(self.problem.inputs)
             total = 0.0
-            for arrays[i] in nudges(arrays[i], np.random.default_rng(self.seed + 1), 8):
+            for near in nudges(arrays[i], np.random.default_rng(self.seed + 1), 8):
+                arrays[i] = near
                 total += self._rise(arrays) ** 2
             self._noise[i] = math.sqrt(total / 8) if math.isfinite(total) else 0.0
         return self._noise[i]

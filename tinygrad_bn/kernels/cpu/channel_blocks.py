@@ -27,8 +27,9 @@ from tinygrad_bn.kernels.layout import memory_order as memory_order
 Array = np.ndarray
 Axes = tuple[int, ...]
 
-# Entries in a block: two inputs and an output of float32 stay within a 1 MiB L2 cache.
-BLOCK = 1 << 16
+# Entries in a block, 1 MiB of float32. A quarter of it would stay in L2, but what Python does
+# between two passes, and the threads' waiting for its lock, cost more than reading from L3.
+BLOCK = 1 << 18
 # Rows shorter than the first number leave NumPy's inner loops too little to do; wider than the
 # second, they leave too few rows in a block to make up for the spreading. (Rows of several periods
 # are never cut: they are shorter than twice the first.)

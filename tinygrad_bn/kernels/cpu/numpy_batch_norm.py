@@ -120,17 +120,16 @@ def _vjp_of_group(
     gx: Array | None,
 ) -> tuple[Array, Array] | None:
     """Return Σ g x̂ and Σ g of one group, after writing its part of gx; None to decline."""
-    s = 1 / np.sqrt(var + eps)
-    high = _high_part(blocks, mean, var)
-    low = mean if high is None else mean - high
-    # Σ g and Σ g (x - high); from them Σ g x̂ = s (Σ g (x - high) - low Σ g)
-    sum_g, sum_gd = _sums_with_cotangent(blocks, laid_g, laid, high)
-    sum_gx = s * (sum_gd - low * sum_g)
-    lost = (np.abs(sum_gd) < SMALLEST_SUM) & (sum_g != 0) & (var > 0)
-    if lost.any() or not (np.isfinite(sum_g).all() and np.isfinite(sum_gx).all()):
+    sums = sums_of_products(blocks, laid_g, laid, mean, var)
+    if sums is None:
         return None
+    sum_g, sum_gd = sums
+    s = 1 / np.sqrt(var + eps)
+    sum_gx = s * sum_gd
     if gx is not None:
         # γ s (g - mean(g) - x̂ mean(g x̂)), collected by powers of x - high
+        high = _high_part(blocks, mean, var)
+        low = mean if high is None else mean - high
         scale = s if weight is None else s * weight.ravel()
         slope = -scale * s * sum_gx / blocks.m
         constant = -scale * sum_g / blocks.m - slope * low
@@ -173,13 +172,18 @@ def affine(
     bias: Array | None,
     eps: float,
     out: Array,
+    near: float = NEAR,
 ) -> bool:
     """Write γ (x - mean) / √(var + eps) + β into `out`, laid out as `laid`; return whether the
-    dtype of the work holds the values per channel, and nothing is written if it does not."""
+    dtype of the work holds the values per channel, and nothing is written if it does not.
+
+    near: of how many deviations a mean may be to go without subtraction; 0 where mean and var are
+        not of x, which may be much nearer to the mean.
+    """
     scale = 1 / np.sqrt(var + eps)
     if weight is not None:
         scale = scale * weight.ravel()
-    high = _high_part(blocks, mean, var)
+    high = _high_part(blocks, mean, var, near)
     low = mean if high is None else mean - high
     constant = -low * scale if bias is None else bias.ravel() - low * scale
     vectors = _narrowed(blocks, scale, constant, *([] if high is None else [high]))
@@ -250,10 +254,10 @@ def _shift(blocks: Blocks, laid: Array) -> Array | None:
         return None if (np.abs(mean) < NEAR * spread).all() else mean.astype(blocks.dtype)
 
 
-def _high_part(blocks: Blocks, mean: Array, var: Array) -> Array | None:
+def _high_part(blocks: Blocks, mean: Array, var: Array, near: float = NEAR) -> Array | None:
     """Return the mean rounded to the dtype of the work; None where 0 serves as well."""
     with np.errstate(all="ignore"):
-        if (np.abs(mean) < NEAR * np.sqrt(var)).all():
+        if (np.abs(mean) < near * np.sqrt(var)).all():
             return None
         return mean.astype(blocks.dtype).astype(np.float64)
 
@@ -277,6 +281,19 @@ def _sums_with_cotangent(
 
     first, second = np.sum(blocks.share_out(sums), axis=0)
     return first, second
+
+
+def sums_of_products(
+    blocks: Blocks, laid_g: Array, laid: Array, mean: Array, var: Array, near: float = NEAR
+) -> tuple[Array, Array] | None:
+    """Return Σ g and Σ g (x - mean) of each channel, float64; None where they left float32."""
+    high = _high_part(blocks, mean, var, near)
+    sum_g, sum_gd = _sums_with_cotangent(blocks, laid_g, laid, high)
+    lost = (np.abs(sum_gd) < SMALLEST_SUM) & (sum_g != 0) & (var > 0)
+    if lost.any() or not (np.isfinite(sum_g).all() and np.isfinite(sum_gd).all()):
+        return None
+    # Σ g (x - mean) = Σ g (x - high) - low Σ g
+    return sum_g, sum_gd - (mean if high is None else mean - high) * sum_g
 
 
 def _combine(
