@@ -23,6 +23,7 @@ from tinygrad_bn.backend import (
 from tinygrad_bn.backend import (
     kernels as _kernels,
 )
+from tinygrad_bn.backend.precision import allow_tf32
 from tinygrad_bn.backend.recording import CaptureError
 from tinygrad_bn.capture import capture
 from tinygrad_bn.creation import (
@@ -58,6 +59,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "Tensor",
+    "allow_tf32",
     "arange",
     "capture",
     "check_data",

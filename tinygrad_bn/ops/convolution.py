@@ -21,6 +21,7 @@ from typing import Any
 from tinygrad_bn.backend import array_module, float32, is_floating, saving
 from tinygrad_bn.domain import Domain, Real, case
 from tinygrad_bn.op import op
+from tinygrad_bn.ops.linalg import matmul
 from tinygrad_bn.ops.reduction import sum as sum_
 from tinygrad_bn.windows import Pair, Windows, convolution_windows
 
@@ -168,7 +169,7 @@ def conv2d(
     matrices = _weight_matrices(weight.astype(work, copy=False), groups)
     y = xp.zeros((groups, view.positions, outputs // groups), dtype=work)
     for i, j, window in view.offsets():
-        y += _by_group(images[:, *window], groups) @ matrices[i, j]
+        y += matmul(_by_group(images[:, *window], groups), matrices[i, j])
     y = _from_groups(y, (view.batch, *view.out))
     if bias is not None:
         y = y + bias
@@ -188,7 +189,8 @@ def conv2d_input_grad(y: Any, weight: Any, *, view: Windows) -> Any:
     matrices = _weight_matrices(weight, view.groups).transpose((0, 1, 2, 4, 3))
     images = array_module(y).zeros((view.batch, *view.padded, view.channels), dtype=work)
     for i, j, window in view.offsets():
-        images[:, *window] += _from_groups(y @ matrices[i, j], (view.batch, *view.out))
+        part = matmul(y, matrices[i, j])
+        images[:, *window] += _from_groups(part, (view.batch, *view.out))
     return from_channels_last(cropped(images, view).astype(dtype, copy=False), view.layout)
 
 
@@ -208,7 +210,7 @@ def conv2d_weight_grad(x: Any, y: Any, *, view: Windows) -> Any:
     matrices = xp.empty((*view.kernel, *per_group), dtype=work)
     for i, j, window in view.offsets():
         pixels = _by_group(images[:, *window], view.groups)
-        matrices[i, j] = pixels.transpose((0, 2, 1)) @ y
+        matrices[i, j] = matmul(pixels.transpose((0, 2, 1)), y)
     weight = matrices.transpose((2, 4, 3, 0, 1)).reshape((outputs, per_group[1], *view.kernel))
     return xp.ascontiguousarray(weight.astype(dtype, copy=False))
 

@@ -76,4 +76,6 @@ def _side_by_side(x: Any) -> Any:
 
 
 matmul.def_vjp(x=_matmul_vjp_x, y=_matmul_vjp_y)
-matmul.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_matmul")
+matmul.use_kernels(
+    numpy="tinygrad_bn.kernels.cpu.numpy_matmul", cuda="tinygrad_bn.kernels.cuda.matmul"
+)

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.kernels.cuda.fake_blas import FakeBlas
 from tinygrad_bn.backend import ARRAY_TYPES, kernels
 from tinygrad_bn.kernels.cuda import channel_tiles, launch
 
@@ -57,6 +58,7 @@ class ShimRuntime:
         self.device = device
         self.backwards = backwards
         self.launched: list[tuple[str, int, int]] = []
+        self.blas = FakeBlas()
 
     def current_device(self) -> int:
         return 0

@@ -25,9 +25,11 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from tinygrad_bn.kernels.cuda.blas import Blas, Cublas
 
 FOLDER = Path(__file__).parent
 
@@ -86,6 +88,11 @@ class Runtime(Protocol):
         """Return how many blocks of this kernel one multiprocessor holds at once."""
         ...
 
+    @property
+    def blas(self) -> Blas | None:
+        """What multiplies matrices, or None where nothing does."""
+        ...
+
     def launch(
         self,
         function: Any,
@@ -131,6 +138,11 @@ class CupyRuntime:
     def address(self, array: Any) -> int:
         """Return where an array begins."""
         return array.data.ptr
+
+    @cached_property
+    def blas(self) -> Blas:
+        """cuBLAS."""
+        return Cublas(self._cupy)
 
     def compile(self, text: str) -> Any:
         """Return a module for the current device."""
