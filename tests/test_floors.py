@@ -29,6 +29,7 @@ FLOORS = {
     "tensor": 3,
     "functional": 3,
     "batch_renormalization": 3,
+    "conv_block": 3,
     "layer_normalization": 3,
     "normalization": 3,
     "creation": 3,

@@ -16,6 +16,7 @@ IMAGES = RNG.normal(size=(2, 4, 6, 6))
 CALLS = {
     "linear": (lambda x: F.linear(x, np.ones((2, 6)), np.ones(2)), X),
     "conv2d": (lambda x: F.conv2d(x, np.ones((2, 2, 3, 3)), np.ones(2), 2, 1, 1, 2), IMAGES),
+    "conv_block": (lambda x: F.conv_block(x, np.ones((2, 4, 3, 3), "f2"), training=True), IMAGES),
     "max_pool2d": (lambda x: F.max_pool2d(x, 2), IMAGES),
     "avg_pool2d": (lambda x: F.avg_pool2d(x, 2, 1), IMAGES),
     "dropout": (lambda x: F.dropout(x, 0.5), X),

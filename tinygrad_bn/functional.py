@@ -16,6 +16,7 @@ from typing import Any
 from tinygrad_bn.backend import array_module, as_dtype, extremes, float32, generator
 from tinygrad_bn.backend.creation import like
 from tinygrad_bn.batch_renormalization import batch_renorm
+from tinygrad_bn.conv_block import conv_block
 from tinygrad_bn.layer_normalization import group_norm, instance_norm, layer_norm, rms_norm
 from tinygrad_bn.normalization import (
     batch_norm,
@@ -40,6 +41,7 @@ __all__ = [
     "batch_renorm",
     "concatenate",
     "conv2d",
+    "conv_block",
     "cross_entropy",
     "dropout",
     "flatten",

@@ -177,6 +177,16 @@ class Op:
         """Return the output and the residuals that the forward handed out beside it."""
         return self._call(args, options)
 
+    def served(self, *args: Any, **options: Any) -> Any:
+        """Return what `call_with_residuals` does if a kernel serves it; else NotImplemented.
+
+        For an op that is a chain of others: where no kernel answers, its caller runs these.
+        """
+        arrays = [arg.data if isinstance(arg, TensorBase) else arg for arg in args]
+        with placed(self.name, arrays):
+            out = self._from_kernels(arrays, options)
+        return out if out is NotImplemented else self._call(args, options, out)
+
     def _call_pair(self, x: Any, y: Any) -> Any:
         """Return the output for two inputs: what `_call` returns, in half the time.
 
@@ -355,12 +365,17 @@ class Op:
 
     def _run(self, arrays: Sequence[Any], options: Mapping[str, Any]) -> Any:
         """Return the raw result: of the first kernel that does not decline, or generic."""
+        out = self._from_kernels(arrays, options)
+        return self.forward(*arrays, **options) if out is NotImplemented else out
+
+    def _from_kernels(self, arrays: Sequence[Any], options: Mapping[str, Any]) -> Any:
+        """Return the raw result of the first kernel that does not decline, or NotImplemented."""
         if self.kernels:
             for kernel in kernels.candidates(self.kernels, "forward", arrays):
                 out = kernel(*arrays, **options)
                 if out is not NotImplemented:
                     return out
-        return self.forward(*arrays, **options)
+        return NotImplemented
 
     def _run_vjp(self, saved: Sequence[Any], g: Any, needs: Sequence[bool]) -> Any:
         """Return what the first kernel that does not decline makes of `g`, or None."""

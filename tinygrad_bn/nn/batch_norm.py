@@ -109,7 +109,7 @@ class BatchNorm(PerChannel):
             so where running statistics are used it changes nothing.
         """
         self._check(x)
-        if self.running_mean is not None and (self.frozen or not self.training):
+        if not self.takes_statistics:
             return F.batch_norm(
                 x,
                 self.running_mean,
@@ -121,9 +121,18 @@ class BatchNorm(PerChannel):
             )
         out, found = self._by_the_batch(x, mask)
         # After the call, so that one which raised leaves no trace.
+        self.take(found)
+        return out
+
+    @property
+    def takes_statistics(self) -> bool:
+        """Whether x is normalized by statistics of the batch, as in training."""
+        return self.running_mean is None or (self.training and not self.frozen)
+
+    def take(self, found: BatchStatistics) -> None:
+        """Move the running statistics by those of a batch, where that is to be done."""
         if self.training:
             (self._sink or self._move)(found)
-        return out
 
     def _by_the_batch(self, x: Any, mask: Any) -> tuple[Any, BatchStatistics]:
         return batch_norm_and_statistics(

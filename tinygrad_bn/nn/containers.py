@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from tinygrad_bn.nn.fusion import step
 from tinygrad_bn.nn.module import Module
 
 C = TypeVar("C", bound="_Numbered")
@@ -86,9 +87,12 @@ class Sequential(_Numbered):
             self._fill((str(i), module) for i, module in enumerate(modules))
 
     def forward(self, x: Any) -> Any:
-        """Return x after all modules, in order."""
-        for module in self.children():
-            x = module(x)
+        """Return x after all modules, in order; some run as one, see `nn.fusion`."""
+        modules = list(self.children())
+        at = 0
+        while at < len(modules):
+            count, x = step(modules, at, x)
+            at += count
         return x
 
 

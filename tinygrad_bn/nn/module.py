@@ -50,12 +50,14 @@ class Module:
 
     training: bool
     _buffers: dict[str, bool]  # name -> whether it belongs to the state dict
+    _hooks: dict[object, Callable]  # called after each forward
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make the module ready for attributes; a subclass need not call super().__init__()."""
         self = super().__new__(cls)
         vars(self)["training"] = True
         vars(self)["_buffers"] = {}
+        vars(self)["_hooks"] = {}
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -97,15 +99,50 @@ class Module:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what `forward` makes of the arguments."""
+        """Return what `forward` makes of the arguments, after the hooks have seen it."""
         watch: Any = watching()
         if watch is not None:
             watch.saw_module(self)
         if several_devices() and args and isinstance(args[0], TensorBase):
             # The current device goes with the input, for what a layer does on raw arrays.
             with placed(type(self).__name__, (args[0].data,)):
-                return self.forward(*args, **kwargs)
-        return self.forward(*args, **kwargs)
+                out = self.forward(*args, **kwargs)
+        else:
+            out = self.forward(*args, **kwargs)
+        for hook in tuple(self._hooks.values()):
+            changed = hook(self, args, out)
+            out = out if changed is None else changed
+        return out
+
+    def register_forward_hook(self, hook: Callable[[Module, tuple, Any], Any]) -> Callable:
+        """Have `hook(module, args, out)` called after each forward; return what removes it again.
+
+        hook: may look at the output, or return another in its place; None leaves it as it is.
+
+        >>> from tinygrad_bn import nn
+        >>> import tinygrad_bn as tg
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+        >>> seen = []
+        >>> remove = model[0].register_forward_hook(
+        ...     lambda module, args, out: seen.append(out.shape)
+        ... )
+        >>> y = model(tg.ones(4, 3))
+        >>> remove()
+        >>> seen
+        [(4, 2)]
+        """
+        key = object()
+        self._hooks[key] = hook
+
+        def remove() -> None:
+            self._hooks.pop(key, None)
+
+        return remove
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether anything is called after each forward."""
+        return bool(self._hooks)
 
     # --- its parts -----------------------------------------------------------------------------
 

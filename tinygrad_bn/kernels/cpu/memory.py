@@ -1,0 +1,91 @@
+"""Large arrays in memory that earlier ones have left.
+
+A fresh large array costs a page fault for every 4 KiB it touches, which can take as long as what
+is then computed in it. So arrays from `empty` lie in blocks that come back when nothing refers to
+them any more: neither the array, nor a view of it, nor what else shares its memory. Whoever holds
+one keeps it, and nothing that is held is ever written over.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+
+# Smaller arrays are left to malloc, which keeps memory of their size at hand by itself.
+SMALLEST = 128 * 2**10
+# What waits for its next use at most, in bytes; more goes back to the system.
+LIMIT = 256 * 2**20
+
+# Re-entrant: a collection of garbage may bring blocks back while one is being taken.
+_lock = threading.RLock()
+_waiting: dict[int, list[np.ndarray]] = {}
+_waiting_bytes = 0
+
+
+class _Block:
+    """The owner of one block of memory while arrays lie in it."""
+
+    def __init__(self, memory: np.ndarray):
+        self.memory = memory
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        global _waiting_bytes
+        if sys.is_finalizing():  # modules may be gone already, and nothing need be kept
+            return
+        size = self.memory.size
+        with _lock:
+            if _waiting_bytes + size <= LIMIT:
+                _waiting_bytes += size
+                _waiting.setdefault(size, []).append(self.memory)
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return an uninitialised array, in memory that was used before where there is any.
+
+    >>> x = empty((512, 512), "f4")
+    >>> where = x.ctypes.data
+    >>> part = x[1:]
+    >>> del x
+    >>> empty((512, 512), "f4").ctypes.data == where
+    False
+    >>> del part
+    >>> empty((512, 512), "f4").ctypes.data == where
+    True
+    """
+    global _waiting_bytes
+    dtype = np.dtype(dtype)
+    wanted = math.prod(shape) * dtype.itemsize
+    if wanted < SMALLEST:
+        return np.empty(shape, dtype)
+    size = _rounded(wanted)
+    with _lock:
+        found = _waiting.get(size)
+        memory = found.pop() if found else None
+        if memory is not None:
+            _waiting_bytes -= size
+    if memory is None:
+        memory = np.empty(size, np.uint8)
+    return np.asarray(_Block(memory))[:wanted].view(dtype).reshape(shape)
+
+
+def _forget() -> None:
+    """Make a lock that no thread holds: a forked child has but one thread."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _rounded(size: int) -> int:
+    """Return the size of block for `size` bytes: at most an eighth larger, so that few sizes
+    serve all."""
+    step = 1 << max(0, size.bit_length() - 4)
+    return -(-size // step) * step

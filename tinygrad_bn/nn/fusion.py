@@ -1,0 +1,81 @@
+"""Layers in a row that run as one.
+
+`Sequential` calls its modules one after the other, but hands runs of plain layers that a kernel
+serves to one function: convolution, batch norm and ReLU, with a max pool after them or without.
+What comes out, gradients of any order included, is what the layers by themselves give, within
+rounding.
+
+A layer is plain if its class is exactly the library's own (a subclass may do anything) and nothing
+looks at what goes through it (no hook, no `forward` set on it). In evaluation, and wherever no
+kernel answers, the layers are called as they stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tinygrad_bn.conv_block import conv_block_if_served
+from tinygrad_bn.nn.activation import ReLU
+from tinygrad_bn.nn.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from tinygrad_bn.nn.convolution import Conv2d, pair
+from tinygrad_bn.nn.module import Module
+from tinygrad_bn.nn.pooling import MaxPool2d
+
+_NORMS = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
+
+
+def step(modules: Sequence[Module], at: int, x: Any) -> tuple[int, Any]:
+    """Return how many modules from index `at` on were run, at least one, and x after them."""
+    first = modules[at]
+    if type(first) is Conv2d:
+        run = modules[at : at + 4]
+        if len(run) > 2 and all(map(is_plain, run[:3])) and type(run[2]) is ReLU:
+            found = _conv_block(first, run[1], run[3] if len(run) > 3 else None, x)
+            if found is not None:
+                return found
+    return 1, first(x)
+
+
+def is_plain(module: Module) -> bool:
+    """Return whether calling `module` runs its class's `forward` and nothing else."""
+    return "forward" not in vars(module) and not module.has_hooks
+
+
+def _conv_block(conv: Any, norm: Any, pool: Any, x: Any) -> tuple[int, Any] | None:
+    """Return how many layers were run as one, and their result; None for none of them."""
+    channels_last = conv.layout == "NHWC"
+    if (
+        type(norm) not in _NORMS
+        or not norm.takes_statistics
+        or norm.num_features != conv.out_channels
+        or norm.axis not in ((3, -1) if channels_last else (1, -3))
+        or norm.groups != 1
+        or conv.groups != 1
+    ):
+        return None
+    fits = (
+        type(pool) is MaxPool2d
+        and is_plain(pool)
+        and pool.layout == conv.layout
+        and pair(pool.stride) == pair(pool.kernel_size)
+        and pair(pool.padding) == (0, 0)
+    )
+    found = conv_block_if_served(
+        x,
+        conv.weight,
+        conv.bias,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        pool=pair(pool.kernel_size) if fits else None,
+        layout=conv.layout,
+    )
+    if found is None:
+        return None
+    out, statistics = found
+    norm.take(statistics)
+    return (4 if fits else 3), out
