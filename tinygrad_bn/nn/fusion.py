@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tinygrad_bn.backend.recording import watching
 from tinygrad_bn.conv_block import conv_block_if_served
 from tinygrad_bn.nn.activation import ReLU
 from tinygrad_bn.nn.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -78,4 +79,8 @@ def _conv_block(conv: Any, norm: Any, pool: Any, x: Any) -> tuple[int, Any] | No
         return None
     out, statistics = found
     norm.take(statistics)
+    watch: Any = watching()
+    if watch is not None:
+        for module in (conv, norm):
+            watch.saw_module(module)
     return (4 if fits else 3), out
