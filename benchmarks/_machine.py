@@ -15,7 +15,7 @@ import numpy as np
 import tinygrad_bn as tg
 from tinygrad_bn.kernels.cpu.threads import available_cpus
 
-LIBRARIES = ("numpy", "numba", "threadpoolctl", "torch", "jax", "mygrad")
+LIBRARIES = ("numpy", "numba", "threadpoolctl", "torch", "jax", "flax", "keras", "mygrad")
 
 
 def describe(threads: int) -> dict[str, Any]:

@@ -5,7 +5,8 @@ channel, with s = 1/√(v + ε):
 
     y: |γ| max|x̂| + |β|      dx: |γ| s max|g|      dγ: Σ|g x̂|      dβ: Σ|g|
 
-Where the right value overflows the dtype, an infinity is right; where it is NaN, NaN is.
+Where the right value overflows the dtype, an infinity is right; where it is NaN, NaN is. Where a
+scale is 0 (dγ of a constant channel), the error counts as it is.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _error(got: np.ndarray, right: np.ndarray, scale: np.ndarray, dtype: np.dtyp
     with np.errstate(all="ignore"):
         rounded = right.astype(got.dtype)
         error = np.abs(got.astype(np.longdouble) - right)
-        error = np.maximum(error - _least(got.dtype), 0) / scale
+        error = np.maximum(error - _least(got.dtype), 0) / np.where(scale == 0, 1, scale)
     same = (got == rounded) | (np.isnan(got) & np.isnan(rounded))
     error = np.where(same & ~np.isfinite(rounded), 0.0, error)
     error = np.where(np.isnan(error), np.where(same, 0.0, np.inf), error)
@@ -160,7 +161,7 @@ def _float32() -> Iterator[HardCase]:
     yield _case("ordinary")
     for power in (3, 6, 7):
         yield _case(f"mean 10{_UP[power]} × spread", offset=10.0**power)
-    yield _case("the same, channels last", offset=1e7, **last)
+    yield _case(f"mean 10{_UP[7]} × spread, channels last", offset=1e7, **last)
     for text, constant in (("0.1", 0.1), ("10⁴", 1e4), ("10⁷", 1e7), ("10¹⁰", 1e10)):
         yield _case(f"constant {text}", offset=constant, spread=0.0)
     yield _with(_case("10⁴, but for one value", offset=1e4, spread=0.0), 1e4 + 1, 40, slice(None))
