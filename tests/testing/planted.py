@@ -123,7 +123,7 @@ WRONG = {
     "missing factor": (made(mean, x=lambda g, x_shape: broadcast_to(g, shape=x_shape)), "factor"),
     "factor m/(m-1)": (
         made(mean, x=lambda g, x_shape: broadcast_to(g / (x_shape[0] - 1), shape=x_shape)),
-        "factor 0.8 (4/5)",
+        "factor 0.8 (4/5",
     ),
     "missing term": (made(softmax, x=lambda g, out: out * g), ""),
     "transposed": (

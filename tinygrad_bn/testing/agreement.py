@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn import backend
-from tinygrad_bn.backend import kernels
-from tinygrad_bn.testing.errors import GradCheckError
+from tinygrad_bn.backend import cuda, kernels
+from tinygrad_bn.testing.errors import GradCheckError, Inconclusive
 from tinygrad_bn.testing.functions import input_names, is_floating, name_of, raw_inputs
+from tinygrad_bn.testing.gradients import check_grad
 from tinygrad_bn.testing.invariants import Run
 from tinygrad_bn.testing.layouts import LAYOUTS
 from tinygrad_bn.testing.noise import rounding_tolerance, spread
@@ -73,43 +74,37 @@ def check_layouts(fn: Function, *inputs: Any, seed: int = 0) -> Report:
     >>> print(testing.check_layouts(lambda x: x.sum(axis=0), np.ones((3, 2))))
     check_layouts(<lambda>): passed; 8 layouts agree
     """
-    host = [None if a is None else backend.to_numpy(a) for a in raw_inputs(inputs)]
+    arrays = raw_inputs(inputs)
     name = f"check_layouts: {name_of(fn)}"
-    plain = [None if a is None else np.array(a, order="C") for a in host]
-    base = Run(fn, plain, seed=seed)
-    noise = _Noise(fn, plain, base)
-    for layout in LAYOUTS:
-        arranged = [None if a is None else layout(a) for a in plain]
-        reference, mine = base, noise
-        if not layout.keeps_values:
-            repeated = [None if a is None else np.array(a, order="C") for a in arranged]
-            reference = Run(fn, repeated, base.cotangents)
-            mine = _Noise(fn, repeated, reference)
-        _require_same_run(
-            f"{name}: inputs in layout {layout.name!r}",
-            Run(fn, arranged, base.cotangents),
-            reference,
-            mine,
-        )
-        cotangents = [layout(np.asarray(g)) for g in base.cotangents]
-        reference, mine = base, noise
-        if not layout.keeps_values:
-            reference = Run(fn, plain, [np.array(g, order="C") for g in cotangents])
-            mine = _Noise(fn, plain, reference)
-        _require_same_run(
-            f"{name}: cotangents in layout {layout.name!r}",
-            Run(fn, plain, cotangents),
-            reference,
-            mine,
-        )
+    with backend.placed(name, arrays):
+        plain = _in_order(arrays)
+        base = Run(fn, plain, seed=seed)
+        noise = _Noise(fn, plain, base)
+        for layout in LAYOUTS:
+            arranged = [None if a is None else layout(a) for a in plain]
+            reference, mine = base, noise
+            if not layout.keeps_values:
+                repeated = _in_order(arranged)
+                reference = Run(fn, repeated, base.cotangents)
+                mine = _Noise(fn, repeated, reference)
+            run = Run(fn, arranged, base.cotangents)
+            _require_same_run(f"{name}: inputs in layout {layout.name!r}", run, reference, mine)
+            cotangents = [layout(g) for g in base.cotangents]
+            reference, mine = base, noise
+            if not layout.keeps_values:
+                reference = Run(fn, plain, _in_order(cotangents))
+                mine = _Noise(fn, plain, reference)
+            run = Run(fn, plain, cotangents)
+            _require_same_run(f"{name}: cotangents in layout {layout.name!r}", run, reference, mine)
     return Report("check_layouts", name_of(fn), notes=(f"{len(LAYOUTS)} layouts agree",))
 
 
 def check_backends(fn: Function, *inputs: Any, seed: int = 0) -> Report:
     """Return a report that every kernel family and backend at hand agrees with the generic form.
 
-    The generic form on NumPy arrays is the definition. Families that cannot serve here, and a GPU
-    that is not there, are named in the report's notes with the reason.
+    The generic form on NumPy arrays is the definition. On a GPU the gradients are differenced too,
+    there. Families that cannot serve here, and a GPU that is not there, are named in the report's
+    notes with the reason.
 
     >>> import numpy as np
     >>> from tinygrad_bn import testing
@@ -122,12 +117,12 @@ def check_backends(fn: Function, *inputs: Any, seed: int = 0) -> Report:
         base = Run(fn, host, seed=seed)
         noise = _Noise(fn, host, base)
         noise.measure()
-    agree, absent = [], []
+    agree, absent, differenced = [], [], []
     for family in (f for f in kernels.CHOICES if f != "generic"):
         device = "cuda" if family == "cuda" else "cpu"
         reason = kernels.unusable_because(family)
         if reason is None and device == "cuda" and not backend.cuda_is_available():
-            reason = "no GPU, or no CuPy"
+            reason = cuda.unavailable_because()
         if reason is not None:
             absent.append(f"{family} not compared: {reason}")
             continue
@@ -136,10 +131,27 @@ def check_backends(fn: Function, *inputs: Any, seed: int = 0) -> Report:
         for choice in choices:
             with kernels.use_kernels(choice):
                 run = Run(fn, arrays, cotangents)
-            _require_same_run(f"{name}: kernels {choice!r} on {device}", run, base, noise)
+                _require_same_run(f"{name}: kernels {choice!r} on {device}", run, base, noise)
+                if device == "cuda" and run.cotangents and any(map(is_floating, arrays)):
+                    differenced.append(_differenced(fn, arrays, seed, f"{choice!r} on {device}"))
         agree.append(family)
-    notes = (f"agree with generic: {', '.join(agree) or 'no family'}", *absent)
+    notes = (f"agree with generic: {', '.join(agree) or 'no family'}", *absent, *differenced)
     return Report("check_backends", name_of(fn), notes=notes)
+
+
+def _differenced(fn: Function, arrays: Sequence[Any], seed: int, where: str) -> str:
+    """Return a note that the gradients agree with differences taken where the arrays are.
+
+    In float64, so the kernels of that; a difference that cannot tell (a kink) is noted, since what
+    was asked is whether the results agree.
+    """
+    try:
+        check_grad(fn, *arrays, seed=seed)
+    except Inconclusive as error:
+        return f"kernels {where} not differenced: {error}"
+    except GradCheckError as error:
+        raise GradCheckError(f"check_backends: kernels {where}: {error}") from None
+    return f"kernels {where} differenced there"
 
 
 # --- comparing ---------------------------------------------------------------------------------
@@ -167,7 +179,7 @@ class _Noise:
                 return _host((*run.outputs, *run.gradients))
 
             at = _host((*self.base.outputs, *self.base.gradients))
-            self.measured = spread(results, [*self.arrays, *_host(self.base.cotangents)], at)
+            self.measured = spread(results, [*self.arrays, *self.base.cotangents], at)
         return self.measured
 
 
@@ -215,6 +227,11 @@ def _require_close(
 def _gradient_labels(fn: Function, arrays: Sequence[Any]) -> list[str]:
     labels = input_names(fn, len(arrays))
     return [f"gradient of {n}" for n, a in zip(labels, arrays, strict=True) if is_floating(a)]
+
+
+def _in_order(arrays: Sequence[Any]) -> list[Any]:
+    """Return copies of arrays in C order."""
+    return [None if a is None else a.copy(order="C") for a in arrays]
 
 
 def _placed(arrays: Sequence[Any], device: str) -> list[Any]:

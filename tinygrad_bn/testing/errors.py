@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class GradCheckError(AssertionError):
     """A checker found a function wrong; the message says where, by how much and what to try.
@@ -9,6 +11,7 @@ class GradCheckError(AssertionError):
     check: the name of the check that failed, where one of several was run (`verify`); else None.
     examples: how many examples had been tried by then, this one included.
     seed: with which the same examples are drawn again.
+    inputs: the raw arrays at which a gradient was found wrong.
 
     >>> issubclass(GradCheckError, AssertionError)
     True
@@ -17,6 +20,7 @@ class GradCheckError(AssertionError):
     check: str | None = None
     examples: int | None = None
     seed: int | None = None
+    inputs: tuple[Any, ...] = ()
 
 
 class Inconclusive(GradCheckError):  # noqa: N818  (a verdict, not always an error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from types import FunctionType
 from typing import Any
 
@@ -26,17 +26,22 @@ Function = Callable[..., Any]
 
 def name_of(fn: Function) -> str:
     """Return what messages call `fn`."""
+    if isinstance(fn, partial):
+        return f"{name_of(fn.func)}({', '.join(f'{k}={v!r}' for k, v in fn.keywords.items())})"
     return fn.name if isinstance(fn, Op) else getattr(fn, "__name__", type(fn).__name__)
 
 
 def input_names(fn: Function, count: int) -> tuple[str, ...]:
     """Return what messages call the inputs of `fn`: parameter names where it has them.
 
-    An attribute `input_names` of the function says otherwise.
+    An attribute `input_labels` of the function says otherwise.
 
     >>> input_names(lambda x, *rest: x, 3)
     ("input 0 ('x')", 'input 1', 'input 2')
     """
+    labels = getattr(fn, "input_labels", None)
+    if labels is not None:
+        return labels
     names = _parameters(fn)
     return tuple(
         f"input {i} ({names[i]!r})" if i < len(names) else f"input {i}" for i in range(count)
@@ -44,11 +49,10 @@ def input_names(fn: Function, count: int) -> tuple[str, ...]:
 
 
 def _parameters(fn: Function) -> Sequence[str]:
+    if isinstance(fn, partial):
+        return _parameters(fn.func)[len(fn.args) :]
     if isinstance(fn, Op):
         return fn.inputs
-    given = getattr(fn, "input_names", None)
-    if given is not None:
-        return given
     if type(fn) is FunctionType and not hasattr(fn, "__wrapped__"):
         # What `inspect` would say, without the third of a forward pass that it takes to say it.
         return fn.__code__.co_varnames[: fn.__code__.co_argcount]
@@ -119,12 +123,14 @@ class FirstOrder:
     """`fn` and its gradient, for raw inputs: float64 where they can vary, each on its own device.
 
     What is returned stays on the device too; nothing is brought to the host here.
+
+    inputs: what `value` takes. free: which of them vary. given: those that `fn` takes.
     """
 
     def __init__(self, fn: Function, inputs: Sequence[Any]):
         self.fn = fn
         self.name = name_of(fn)
-        self.inputs = [_wide(a) for a in raw_inputs(inputs)]
+        self.inputs = self.given = [_wide(a) for a in raw_inputs(inputs)]
         self.free = [i for i, a in enumerate(self.inputs) if is_floating(a)]
 
     @cached_property
@@ -177,7 +183,8 @@ class SecondOrder:
         self.first = FirstOrder(fn, inputs)
         self.name = f"gradient of {self.first.name}"
         self.count = len(self.first.inputs)
-        self.inputs = [*self.first.inputs, *cotangents]
+        self.given = self.first.inputs
+        self.inputs = [*self.given, *cotangents]
         self.free = [*self.first.free, *range(self.count, len(self.inputs))]
 
     @cached_property

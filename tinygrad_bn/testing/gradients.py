@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from tinygrad_bn.testing.functions import FirstOrder, SecondOrder
 from tinygrad_bn.testing.noise import nudged_all
 from tinygrad_bn.testing.probe import Probe, dot
 from tinygrad_bn.testing.report import Comparison, Report
+from tinygrad_bn.testing.reproduction import snippet
 
 Mode = Literal["auto", "directional", "full", "complex-step"]
 _MODES = ("auto", "directional", "full", "complex-step")
@@ -68,12 +70,8 @@ def check_grad(
     >>> report.directions, report.resolution < 1e-6
     (1, True)
     """
-    if mode not in _MODES:
-        raise ValueError(f"check_grad: unknown mode {mode!r}; expected one of {_MODES}")
-    problem = FirstOrder(fn, inputs)
-    return _check("check_grad", problem, mode, directions, cotangents, seed, max_resolution, rtol)[
-        0
-    ]
+    asked = _Asked("check_grad", fn, mode, directions, cotangents, seed, max_resolution, rtol)
+    return asked.run(inputs)[0]
 
 
 def check_double_grad(
@@ -100,70 +98,152 @@ def check_double_grad(
     >>> testing.check_double_grad(lambda x: x.exp(), np.array([0.5, -1.0])).notes
     ('Hessian symmetric',)
     """
-    if mode not in _MODES[:3]:
-        raise ValueError(f"check_double_grad: unknown mode {mode!r}; expected one of {_MODES[:3]}")
-    with np.errstate(all="ignore"):
-        first = FirstOrder(fn, inputs)
-        given = _cotangents(first.name, first.value(first.inputs), cotangents, seed)
-    problem = SecondOrder(fn, inputs, given)
-    report, probe = _check(
-        "check_double_grad", problem, mode, directions, None, seed, max_resolution, rtol
+    asked = _Asked(
+        "check_double_grad", fn, mode, directions, cotangents, seed, max_resolution, rtol
     )
-    if not first.free:
+    report, problem, probe = asked.run(inputs)
+    if not problem.first.free:
         return report
-    with np.errstate(all="ignore"):
+    with backend.placed("check_double_grad", problem.given), np.errstate(all="ignore"):
         _require_symmetry(problem, probe)
-    return Report(
-        report.check, first.name, report.comparisons, report.vacuous, ("Hessian symmetric",)
-    )
+    return replace(report, function=problem.first.name, notes=("Hessian symmetric",))
 
 
-def _check(
-    check: str,
-    problem: Any,
-    mode: str,
-    directions: int,
-    cotangents: Any,
-    seed: int,
-    max_resolution: float,
-    rtol: float,
-) -> tuple[Report, Probe]:
-    if directions < 1:
-        raise ValueError(f"{check}: directions is {directions}, expected at least 1")
-    if not problem.free:
-        raise TypeError(f"{check}: {problem.name}: no input is floating, so there is no gradient")
-    # Steps may leave the domain of fn; that is noticed by its not being finite, not by a warning.
-    with np.errstate(all="ignore"):
+@dataclass(frozen=True)
+class _Asked:
+    """What a check was asked for; `run` does it, and does it again on other inputs."""
 
-        def choose(outputs: list[Any]) -> list[Any]:
-            if not outputs:
-                raise TypeError(f"{check}: {problem.name} has no floating output to differentiate")
-            if not all(backend.array_module(o).isfinite(o).all().item() for o in outputs):
-                raise Inconclusive(
-                    f"{check}: {problem.name} is not finite at these inputs, so it has no "
-                    f"derivative there; choose inputs inside its domain"
-                )
-            return _cotangents(problem.name, outputs, cotangents, seed)
+    check: str
+    fn: Callable[..., Any]
+    mode: str
+    directions: int
+    cotangents: Any
+    seed: int
+    max_resolution: float
+    rtol: float
 
-        probe = Probe(
-            problem,
-            *problem.both(problem.inputs, choose),
-            max_resolution=max_resolution,
-            rtol=rtol,
-            seed=seed,
-        )
-        chosen = {i: [probe.direction(i, k) for k in range(directions)] for i in problem.free}
-        comparisons: list[Comparison] = []
-        vacuous: list[str] = []
-        alone = list(problem.free)
-        if mode in ("auto", "directional"):
-            comparisons, alone = _check_together(probe, chosen)
-        for i in alone:
-            mine = _check_input(check, probe, i, mode, chosen[i])
-            comparisons += mine
-            if all(c.size <= c.tolerance.total for c in mine):
-                vacuous.append(problem.names[i])
-    return Report(check, problem.name, tuple(comparisons), tuple(vacuous)), probe
+    def run(self, inputs: Sequence[Any], explained: bool = True) -> tuple[Report, Any, Probe]:
+        """Return the report, and what it was made with; raise for what is wrong.
+
+        explained: whether the error says what is wrong.
+        """
+        check = self.check
+        modes = _MODES if check == "check_grad" else _MODES[:3]
+        if self.mode not in modes:
+            raise ValueError(f"{check}: unknown mode {self.mode!r}; expected one of {modes}")
+        if self.directions < 1:
+            raise ValueError(f"{check}: directions is {self.directions}, expected at least 1")
+        # Steps may leave the domain of fn; what tells is that it is not finite, not a warning.
+        with backend.placed(check, functions.raw_inputs(inputs)), np.errstate(all="ignore"):
+            problem, cotangents = self._problem(inputs)
+            probe = Probe(
+                problem,
+                *problem.both(
+                    problem.inputs,
+                    lambda outputs: self._cotangents(problem, outputs, cotangents),
+                ),
+                max_resolution=self.max_resolution,
+                rtol=self.rtol,
+                seed=self.seed,
+            )
+            chosen = {i: self._directions(probe, i) for i in problem.free}
+            comparisons: list[Comparison] = []
+            vacuous: list[str] = []
+            alone = list(problem.free)
+            if self.mode in ("auto", "directional"):
+                comparisons, alone = _check_together(probe, chosen)
+            for i in alone:
+                mine = self._check_input(probe, i, chosen[i], explained)
+                comparisons += mine
+                if all(c.size <= c.tolerance.total for c in mine):
+                    vacuous.append(problem.names[i])
+        return Report(check, problem.name, tuple(comparisons), tuple(vacuous)), problem, probe
+
+    def _problem(self, inputs: Sequence[Any]) -> tuple[Any, Any]:
+        """Return what is differenced, and the cotangents that were given for its outputs."""
+        first = FirstOrder(self.fn, inputs)
+        if not first.free:
+            raise TypeError(
+                f"{self.check}: {first.name}: no input is floating, so there is no gradient"
+            )
+        if self.check == "check_grad":
+            return first, self.cotangents
+        outputs = first.value(first.inputs)
+        given = self._cotangents(first, outputs, self.cotangents)
+        return SecondOrder(self.fn, inputs, given), None
+
+    def _cotangents(self, problem: Any, outputs: list[Any], given: Any) -> list[Any]:
+        if not outputs:
+            raise TypeError(f"{self.check}: {problem.name} has no floating output to differentiate")
+        if not all(backend.array_module(o).isfinite(o).all().item() for o in outputs):
+            raise Inconclusive(
+                f"{self.check}: {problem.name} is not finite at these inputs, so it has no "
+                f"derivative there; choose inputs inside its domain"
+            )
+        return _cotangents(problem.name, outputs, given, self.seed)
+
+    def _directions(self, probe: Probe, i: int) -> list[np.ndarray]:
+        return [probe.direction(i, k) for k in range(self.directions)]
+
+    def _check_input(
+        self, probe: Probe, i: int, chosen: list[np.ndarray], explained: bool
+    ) -> list[Comparison]:
+        """Return the comparisons for input `i`; GradCheckError at the first that fails."""
+        x = probe.problem.inputs[i]
+        count = len(chosen)
+        tested, labels = chosen, [f"direction {k + 1} of {count}" for k in range(count)]
+        if self.mode == "full" or (self.mode == "auto" and x.size <= count):
+            tested, labels = [], []
+            for index in np.ndindex(x.shape):
+                only = np.zeros(x.shape)
+                only[index] = chosen[0][index]
+                tested.append(only)
+                labels.append(f"coordinate {list(index)}")
+        compare = probe.along_imaginary if self.mode == "complex-step" else probe.along
+        comparisons = []
+        for direction, label in zip(tested, labels, strict=True):
+            comparison = compare(i, direction, label)
+            if not comparison.passed:
+                raise self._error(probe, i, comparison, explained)
+            comparisons.append(comparison)
+        return comparisons
+
+    def _error(
+        self, probe: Probe, i: int, comparison: Comparison, explained: bool
+    ) -> GradCheckError:
+        if not explained:
+            return GradCheckError(f"{self.check}: wrong")
+        inputs = probe.problem.given
+        again, options = self._to_do_again()
+        code = snippet(self.check, self.fn, inputs, options, again._fails)
+        error = GradCheckError(explain(self.check, probe, i, comparison, code))
+        error.inputs = tuple(inputs)
+        return error
+
+    def _to_do_again(self) -> tuple[_Asked, dict[str, Any]]:
+        """Return what to ask for, to see a failure again, and as which keyword arguments.
+
+        Large cotangents are left to chance: they would fill the page.
+        """
+        given = self.cotangents
+        listed = [] if given is None else given if isinstance(given, (tuple, list)) else [given]
+        if sum(np.size(g) for g in functions.raw_inputs(listed)) > 64:
+            given = None
+        again = replace(self, cotangents=given)
+        usual = {"mode": "auto", "directions": 1, "max_resolution": MAX_RESOLUTION, "rtol": 0.0}
+        options = {k: getattr(self, k) for k, v in usual.items() if getattr(self, k) != v}
+        if given is not None:
+            options["cotangents"] = functions.raw_inputs(listed)
+        return again, {**options, "seed": self.seed}
+
+    def _fails(self, inputs: Sequence[Any]) -> bool:
+        try:
+            self.run(inputs, explained=False)
+        except Inconclusive:
+            return False
+        except GradCheckError:
+            return True
+        return False
 
 
 def _check_together(
@@ -187,31 +267,6 @@ def _check_together(
             return [], list(chosen)
         comparisons.append(found)
     return comparisons, [i for i in chosen if not comparisons or i not in group]
-
-
-def _check_input(
-    check: str, probe: Probe, i: int, mode: str, chosen: list[np.ndarray]
-) -> list[Comparison]:
-    """Return the comparisons for input `i`; GradCheckError at the first that fails."""
-    x = probe.problem.inputs[i]
-    directions = len(chosen)
-    labels = [f"direction {k + 1} of {directions}" for k in range(directions)]
-    tested = chosen
-    if mode == "full" or (mode == "auto" and x.size <= directions):
-        tested, labels = [], []
-        for index in np.ndindex(x.shape):
-            only = np.zeros(x.shape)
-            only[index] = chosen[0][index]
-            tested.append(only)
-            labels.append(f"coordinate {list(index)}")
-    compare = probe.along_imaginary if mode == "complex-step" else probe.along
-    comparisons = []
-    for direction, label in zip(tested, labels, strict=True):
-        comparison = compare(i, direction, label)
-        if not comparison.passed:
-            raise GradCheckError(explain(check, probe, i, comparison))
-        comparisons.append(comparison)
-    return comparisons
 
 
 def _require_symmetry(problem: SecondOrder, probe: Probe) -> None:
@@ -294,5 +349,5 @@ def _warn_blind(name: str, what: str) -> None:
         f"{name}: the cotangent is {what}. Whole terms of a gradient vanish then (for batch norm "
         f"in training mode all of dx), and so would their faults; leave it out for a random one",
         BlindCheckWarning,
-        stacklevel=5,
+        stacklevel=8,
     )

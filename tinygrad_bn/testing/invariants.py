@@ -74,7 +74,7 @@ def check_pure(fn: Callable[..., Any], *inputs: Any, seed: int = 0) -> Report:
     check_pure(<lambda>): passed; 2 calls bitwise equal, nothing changed, nothing shared
     """
     name = f"check_pure: {name_of(fn)}"
-    arrays = [None if a is None else a.copy() for a in raw_inputs(inputs)]
+    arrays = [None if a is None else backend.copied(a) for a in raw_inputs(inputs)]
     labels = input_names(fn, len(arrays))
     free = [labels[i] for i, a in enumerate(arrays) if is_floating(a)]
     before = [None if a is None else _bits(a) for a in arrays]
@@ -132,7 +132,8 @@ def check_dtypes(
     # Numbers that overflow a narrow dtype are not this check's concern.
     with np.errstate(all="ignore"):
         for dtype in wanted:
-            run = Run(fn, [a.astype(dtype) if is_floating(a) else a for a in raw], seed=seed)
+            cast = [backend.cast(a, dtype) if is_floating(a) else a for a in raw]
+            run = Run(fn, cast, seed=seed)
             for i, out in enumerate(run.outputs):
                 if outputs and backend.is_floating(out.dtype) and out.dtype != dtype:
                     raise GradCheckError(
@@ -143,7 +144,7 @@ def check_dtypes(
         mixed = list(raw)
         places = [i for i, a in enumerate(raw) if is_floating(a)]
         for k, i in enumerate(places):
-            mixed[i] = raw[i].astype(wanted[k % len(wanted)])
+            mixed[i] = backend.cast(raw[i], wanted[k % len(wanted)])
         _require_like(name, labels, Run(fn, mixed, seed=seed), None)
     return Report("check_dtypes", name_of(fn), notes=(f"{', '.join(map(str, wanted))} kept",))
 
@@ -244,7 +245,7 @@ def _require_guarded(
     for i, label in enumerate(labels):
         if not is_floating(arrays[i]):
             continue
-        ts = tensors([None if a is None else a.copy() for a in arrays], True)
+        ts = tensors([None if a is None else backend.copied(a) for a in arrays], True)
         outputs = [o for o in as_tuple(fn(*ts), name) if backend.is_floating(o.dtype)]
         with no_grad():
             ts[i][...] = 0.75

@@ -14,7 +14,7 @@ from tinygrad_bn.tape import TensorBase
 from tinygrad_bn.testing.accumulation import check_accumulation
 from tinygrad_bn.testing.agreement import check_layouts
 from tinygrad_bn.testing.errors import GradCheckError
-from tinygrad_bn.testing.functions import as_tuple, is_floating, raw_inputs, tensors
+from tinygrad_bn.testing.functions import as_tuple, input_names, is_floating, raw_inputs, tensors
 from tinygrad_bn.testing.gradients import check_double_grad, check_grad
 from tinygrad_bn.testing.invariants import check_dtypes, check_pure
 from tinygrad_bn.testing.report import Report
@@ -58,8 +58,12 @@ def check_module(
     vacuous: list[str] = []
     for mode in modes:
         subject = copy.deepcopy(module).train(mode == "train")
-        fn = as_function(subject, len(arrays), seed)
+        fn: Any = as_function(subject, len(arrays), seed)
         fn.__name__ = f"{title} ({mode})"
+        fn.input_labels = (
+            *input_names(module.forward, len(arrays)),
+            *(f"parameter {name!r}" for name in parameters),
+        )
         everything = [*arrays, *(p.data for _, p in subject.named_parameters())]
         if any(map(is_floating, everything)):
             report = check_grad(fn, *everything, seed=seed)

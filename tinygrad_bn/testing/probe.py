@@ -118,6 +118,12 @@ class Probe:
         """Return the derivative that a direction like this one typically sees for input `i`."""
         return _Line(self, {i: direction}, "").sizes[i]
 
+    def conditioning(self, i: int) -> tuple[float, float]:
+        """Return how far rounding input `i` moves L, and nudging it did, in ε of the size of L."""
+        unit = self.natural or 1.0
+        rounded = _norm([self.gradients[i] * self.problem.inputs[i]])
+        return rounded / unit, self._evaluation_noise(i) / (_EPSILON * unit)
+
     def along(self, i: int, direction: np.ndarray, label: str) -> Comparison:
         """Return the comparison for input `i` along `direction`.
 

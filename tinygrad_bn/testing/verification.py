@@ -207,11 +207,7 @@ def _call_of(function: Callable[..., Any], drawn: Any) -> tuple[Callable[..., An
     if not options:
         return function, list(drawn.arrays)
 
-    def call(*arrays: Any) -> Any:
-        return function(*arrays, **options)
-
-    call.__name__ = f"{name_of(function)}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
-    return call, list(drawn.arrays)
+    return partial(function, **options), list(drawn.arrays)
 
 
 def _rounds(checks: int, max_examples: int) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,7 @@ class OpInputs:
     @property
     def fn(self) -> Callable[..., Any]:
         """The op as a function of its arrays alone."""
-
-        def call(*arrays: Any) -> Any:
-            return self.op(*arrays, **self.options)
-
-        shown = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-        call.__name__ = f"{self.op.name}({shown})" if shown else self.op.name
-        return call
+        return partial(self.op, **self.options) if self.options else self.op
 
 
 @st.composite
