@@ -90,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
         help="cpu, cuda or cuda:INDEX; cuda needs CuPy and a GPU (default: %(default)s)",
     )
     machine.add_argument(
+        "--capture",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a GPU, record the training step as one CUDA graph and replay it: the same "
+        "numbers, without Python's time between kernels (default: %(default)s)",
+    )
+    machine.add_argument(
         "--dtype",
         choices=["float32", "float64"],
         default="float32",

@@ -3,6 +3,7 @@
     python examples/fashion_mnist.py                             the tutorial's recipe
     python examples/fashion_mnist.py --recipe modern             today's habits, same network
     python examples/fashion_mnist.py --evaluate tutorial-seed0   score saved weights again
+    python examples/fashion_mnist.py --device cuda               on a GPU, as one CUDA graph a step
 
 A run leaves config.json, metrics.jsonl, model.safetensors and curves.png in its folder below runs/.
 Ctrl-C ends it early and keeps what there is. `--help` explains every flag.
@@ -38,7 +39,7 @@ Batches = Iterable[tuple[tg.Tensor, tg.Tensor]]
 def pixels(images: tg.Tensor, recipe: Recipe, options: argparse.Namespace) -> tg.Tensor:
     """Return uint8 images (N, 28, 28) as the network takes them: floating, scaled, one channel."""
     shape = (-1, 28, 28, 1) if options.layout == "NHWC" else (-1, 1, 28, 28)
-    x = images.to(options.device).astype(options.dtype).reshape(shape) / 255
+    x = images.astype(options.dtype).reshape(shape) / 255
     return (x - recipe.pixel_mean) / recipe.pixel_deviation
 
 
@@ -48,8 +49,8 @@ def train(
     """Yield the loss and the accuracy on each batch, measured before the step it leads to."""
     recipe = RECIPES[options.recipe]
     schedule = recipe.schedule(optimizer, options.steps)
-    for images, labels in batches:
-        labels = labels.to(options.device)
+
+    def step(images: tg.Tensor, labels: tg.Tensor) -> tuple[tg.Tensor, tg.Tensor]:
         logits = model(pixels(images, recipe, options))
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
@@ -57,7 +58,25 @@ def train(
         optimizer.step()
         if schedule is not None:
             schedule.step()
-        yield loss.item(), F.accuracy(logits, labels).item()
+        return loss, F.accuracy(logits, labels)
+
+    on_gpu = options.device != "cpu"
+    if options.capture and on_gpu:
+        print("Training with the step captured as one CUDA graph (--no-capture does without)")
+        step = tg.capture(step)
+    unread = []
+    for done, (images, labels) in enumerate(batches, 1):
+        # Copies: what a captured step returns is overwritten by its next call.
+        unread.append([result.copy() for result in step(images, labels)])
+        # Whoever reads a value waits for the GPU to get there, so there it is done now and then.
+        if not on_gpu or done % LOG_EVERY == 0 or options.steps == done or is_tested(done, options):
+            yield from ((loss.item(), accuracy.item()) for loss, accuracy in unread)
+            unread.clear()
+
+
+def is_tested(done: int, options: argparse.Namespace) -> bool:
+    """Return whether the test images are scored after so many steps."""
+    return done % options.test_every == 0 and done < options.steps
 
 
 @tg.no_grad()
@@ -66,8 +85,7 @@ def evaluate(model: nn.Module, arrays: Arrays, options: argparse.Namespace) -> t
     recipe = RECIPES[options.recipe]
     loss = hits = count = 0.0
     model.eval()
-    for images, labels in data.DataLoader(arrays, TEST_BATCH):
-        labels = labels.to(options.device)
+    for images, labels in data.DataLoader(arrays, TEST_BATCH, device=options.device):
         logits = model(pixels(images, recipe, options))
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         hits += round(F.accuracy(logits, labels).item() * len(labels))
@@ -105,7 +123,7 @@ def fit(
                 warn(f"the loss is {loss} at step {step}: try a smaller --learning-rate")
                 return False
             done = step + 1
-            if done % options.test_every == 0 and done < options.steps:
+            if is_tested(done, options):
                 test_loss, test_accuracy = evaluate(model, test_set, options)
                 run.log(step=done, test_loss=test_loss, test_accuracy=test_accuracy)
     test_loss, test_accuracy = evaluate(model, test_set, options)
@@ -139,7 +157,12 @@ def run_training(options: argparse.Namespace) -> int:
         model, optimizer = build(options)
         train_set, test_set = obtain(options)
         loader = data.DataLoader(
-            train_set, options.batch_size, shuffle=True, drop_last=True, seed=options.seed
+            train_set,
+            options.batch_size,
+            shuffle=True,
+            drop_last=True,
+            seed=options.seed,
+            device=options.device,
         )
         run = Run(options)
     try:

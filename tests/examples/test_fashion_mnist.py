@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 import tinygrad_bn as tg
+from tests.backend.conftest import strict_gpu  # noqa: F401
+from tests.backend.strict_array import TRAFFIC
 from tinygrad_bn import data, nn
 from tinygrad_bn.data import DatasetNotFoundError
 
@@ -38,6 +40,8 @@ FLAGS = [
     "--learning-rate",
     "--seed",
     "--device",
+    "--capture",
+    "--no-capture",
     "--dtype",
     "--layout",
     "--data",
@@ -161,6 +165,33 @@ def test_a_run_that_diverges_says_so_and_stops(capsys):
     assert "try a smaller --learning-rate" in capsys.readouterr().err
     assert metrics("far")[-1]["loss"] is None  # JSON has no NaN
     assert Path("runs/far/curves.png").is_file()
+
+
+@pytest.mark.parametrize("recipe", ["tutorial", "modern"])
+def test_on_a_gpu_the_step_is_captured_and_gives_the_same_run(recipe, strict_gpu, capsys):  # noqa: F811
+    flags = ("--data", "sample", "--batch-size", 8, "--steps", 6, "--test-every", 4)
+    flags = (*flags, "--recipe", recipe, "--device", "cuda")
+    TRAFFIC.clear()
+    assert run(*flags, "--name", "graph") == 0
+    reads = TRAFFIC["read"]
+    printed = capsys.readouterr().out
+    assert printed.startswith("Training with the step captured as one CUDA graph")
+    assert run(*flags, "--no-capture", "--name", "plain") == 0
+    assert "captured" not in capsys.readouterr().out
+    assert metrics("graph") == metrics("plain")
+    for file in ("metrics.jsonl", "model.safetensors"):
+        assert Path("runs/graph", file).read_bytes() == Path("runs/plain", file).read_bytes()
+    # Two values a step, two for each batch of a test, and at the end the weights.
+    weights = len(nn.load("runs/graph/model.safetensors"))
+    assert reads == 2 * 6 + 2 * 2 + weights
+    # On the CPU the same, but for the order in which its kernels add.
+    assert run(*flags, "--device", "cpu", "--name", "cpu") == 0
+    ours, theirs = (metrics(name) for name in ("cpu", "graph"))
+    assert [set(line) for line in ours] == [set(line) for line in theirs]
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-5)
+    assert ours[-1]["test_loss"] == pytest.approx(theirs[-1]["test_loss"], rel=0.02)
+    # Its weights are scored on either device.
+    assert run("--evaluate", "graph", "--device", "cpu") == 0
 
 
 # --- the network -------------------------------------------------------------------------------
