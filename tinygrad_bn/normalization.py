@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tinygrad_bn.backend import is_floating, largest, placed
 from tinygrad_bn.ops import batch_norm as _ops
+from tinygrad_bn.ops import fused as _fused
 from tinygrad_bn.ops.elementwise import clip, relu, where
 from tinygrad_bn.tape import TensorBase
 
@@ -68,22 +69,64 @@ def batch_norm(
      [ 0.          0.        ]
      [ 1.22474258  1.22474258]]
     """
-    axes = kept_axes("batch_norm", x, axis)
+    return _batch_norm(
+        "batch_norm", x, running_mean, running_var, weight, bias, training, momentum, eps,
+        axis, mask, groups, correction, plain,
+    )  # fmt: skip
+
+
+class Finish(NamedTuple):
+    """What is done with y, batch norm's output, before it is handed out.
+
+    relu: take max(y, 0). residual: add it to y first, where it is not None.
+    """
+
+    relu: bool = False
+    residual: Any = None
+
+    def __call__(self, y: Any) -> Any:
+        """Return y finished, by ordinary ops."""
+        y = y if self.residual is None else y + self.residual
+        return relu(y) if self.relu else y
+
+
+plain = Finish()
+
+
+def _batch_norm(
+    name: str,
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    axis: Axis,
+    mask: Any,
+    groups: int,
+    correction: float,
+    finish: Finish,
+) -> Any:
+    axes = kept_axes(name, x, axis)
     vectors = {"running_mean": running_mean, "running_var": running_var}
-    check_vectors("batch_norm", {**vectors, "weight": weight, "bias": bias}, axes, x)
+    check_vectors(name, {**vectors, "weight": weight, "bias": bias}, axes, x)
     if (running_mean is None) != (running_var is None):
-        raise ValueError("batch_norm: give both running_mean and running_var, or neither")
+        raise ValueError(f"{name}: give both running_mean and running_var, or neither")
     eps, momentum = float(eps), float(momentum)
     if not eps >= 0:
-        raise ValueError(f"batch_norm: eps is {eps}, expected a number >= 0")
+        raise ValueError(f"{name}: eps is {eps}, expected a number >= 0")
     if not 0 <= momentum <= 1:
         raise ValueError(
-            f"batch_norm: momentum is {momentum}, expected a weight of the new value in [0, 1]"
+            f"{name}: momentum is {momentum}, expected a weight of the new value in [0, 1]"
         )
     if not training and running_mean is not None:
-        return _ops.batch_norm_given(x, running_mean, running_var, weight, bias, axis=axes, eps=eps)
-    mask = checked_sample("batch_norm", x, axes, mask, groups)
-    out, found = by_the_batch(x, weight, bias, mask, axes, eps, groups)
+        return finish(
+            _ops.batch_norm_given(x, running_mean, running_var, weight, bias, axis=axes, eps=eps)
+        )
+    mask = checked_sample(name, x, axes, mask, groups)
+    out, found = by_the_batch(x, weight, bias, mask, axes, eps, groups, finish)
     if running_mean is not None:
         found.move(running_mean, running_var, momentum, correction)
     return out
@@ -144,8 +187,9 @@ def batch_norm_and_statistics(
     axis: Axis = 1,
     mask: Any = None,
     groups: int = 1,
+    finish: Finish = plain,
 ) -> tuple[Any, BatchStatistics]:
-    """Return what `batch_norm` returns in training, and the statistics of this batch.
+    """Return what `batch_norm` returns in training, finished, and the statistics of this batch.
 
     For callers with a use of their own for the statistics. Arguments and errors as `batch_norm`'s.
 
@@ -157,16 +201,31 @@ def batch_norm_and_statistics(
     axes = kept_axes("batch_norm", x, axis)
     check_vectors("batch_norm", {"weight": weight, "bias": bias}, axes, x)
     mask = checked_sample("batch_norm", x, axes, mask, groups)
-    return by_the_batch(x, weight, bias, mask, axes, float(eps), groups)
+    return by_the_batch(x, weight, bias, mask, axes, float(eps), groups, finish)
 
 
 def by_the_batch(
-    x: Any, weight: Any, bias: Any, mask: Any, axes: tuple[int, ...], eps: float, groups: int
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mask: Any,
+    axes: tuple[int, ...],
+    eps: float,
+    groups: int,
+    finish: Finish = plain,
 ) -> tuple[Any, BatchStatistics]:
-    """Return x normalized by the batch, and the statistics that were found; all is checked."""
-    out, found = _ops.batch_norm.call_with_residuals(
-        x, weight, bias, mask, axis=axes, eps=eps, groups=groups
-    )
+    """Return x normalized by the batch and finished, and the statistics that were found; all is
+    checked."""
+    fused: Any = NotImplemented
+    if finish.relu and mask is None and groups == 1:
+        fused = _fused.batch_norm_relu.served(x, weight, bias, finish.residual, axis=axes, eps=eps)
+    if fused is not NotImplemented:
+        out, found = fused
+    else:
+        y, found = _ops.batch_norm.call_with_residuals(
+            x, weight, bias, mask, axis=axes, eps=eps, groups=groups
+        )
+        out = finish(y)
     count = found["count"] if x.size else 0
     return out, BatchStatistics(found["mean"], found["var"], count, groups)
 
@@ -196,28 +255,15 @@ def batch_norm_relu(
     array([[0.],
            [1.]])
     """
-    y = batch_norm(
-        x,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        axis=axis,
-        mask=mask,
-        groups=groups,
-        correction=correction,
-    )
-    if residual is not None:
-        if tuple(residual.shape) != tuple(x.shape):
-            raise ValueError(
-                f"batch_norm_relu: residual has shape {tuple(residual.shape)}, expected x's, "
-                f"{tuple(x.shape)}"
-            )
-        y = y + residual
-    return relu(y)
+    if residual is not None and tuple(residual.shape) != tuple(x.shape):
+        raise ValueError(
+            f"batch_norm_relu: residual has shape {tuple(residual.shape)}, expected x's, "
+            f"{tuple(x.shape)}"
+        )
+    return _batch_norm(
+        "batch_norm_relu", x, running_mean, running_var, weight, bias, training, momentum, eps,
+        axis, mask, groups, correction, Finish(True, residual),
+    )  # fmt: skip
 
 
 def update_running(running: Any, value: Any, momentum: Any, counted: Any = True) -> None:

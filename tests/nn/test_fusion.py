@@ -188,3 +188,39 @@ def test_the_function_raises_what_the_four_raise(wrong, message):
     x, kernel = np.ones((6, 2, 9, 9)), np.ones((4, 2, 3, 3))
     with pytest.raises(ValueError, match=message):
         F.conv_block(x, kernel, training=True, **wrong)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_batch_norm_and_relu_run_as_one(axis, monkeypatch):
+    calls = []
+    real = fused.batch_norm_relu.served
+
+    def spy(*args, **options):
+        calls.append(real(*args, **options))
+        return calls[-1]
+
+    monkeypatch.setattr(fused.batch_norm_relu, "served", spy)
+    x = np.random.default_rng(0).normal(size=(64, 8, 16, 8)).astype("f")
+    model = nn.Sequential(nn.BatchNorm2d(8, axis=axis), nn.ReLU())
+    other = copy.deepcopy(model)
+    runs = []
+    for run, m in ((lambda m, x: m(x), model), (one_by_one, other)):
+        runs.append(trained(m, tg.tensor(x, requires_grad=True), run))
+    (got, state), (want, right) = runs
+    assert len(calls) == 1
+    assert calls[0] is not NotImplemented
+    for found, expected in ((got, want), (state, right)):
+        for name in expected:
+            scale = max(1, np.abs(expected[name]).max())
+            assert np.abs(found[name] - expected[name]).max() < 2e-6 * scale, name
+
+
+def test_batch_norm_relu_in_evaluation_and_with_a_mask_takes_the_ops():
+    x = np.random.default_rng(0).normal(size=(64, 8, 16)).astype("f")
+    state = np.full(8, 0.5, "f"), np.full(8, 2.0, "f")
+    np.testing.assert_array_equal(F.batch_norm_relu(x, *state), F.relu(F.batch_norm(x, *state)))
+    mask = np.random.default_rng(1).random((64, 1, 1)) < 0.5
+    np.testing.assert_array_equal(
+        F.batch_norm_relu(x, training=True, mask=mask),
+        F.relu(F.batch_norm(x, training=True, mask=mask)),
+    )

@@ -12,7 +12,12 @@ from tinygrad_bn.nn.conventions import (
     convert_running_var,
 )
 from tinygrad_bn.nn.per_channel import Axis, PerChannel
-from tinygrad_bn.normalization import BatchStatistics, batch_norm_and_statistics
+from tinygrad_bn.normalization import (
+    BatchStatistics,
+    Finish,
+    batch_norm_and_statistics,
+    plain,
+)
 
 Self = TypeVar("Self", bound="BatchNorm")
 
@@ -108,18 +113,27 @@ class BatchNorm(PerChannel):
         mask: how often each value counts, as in `F.batch_norm`; it acts on statistics of the batch,
             so where running statistics are used it changes nothing.
         """
+        return self._finished(x, mask, plain)
+
+    def followed_by_relu(self, x: Any) -> Any:
+        """Return max(y, 0), y what calling this layer returns: in one where a kernel serves it."""
+        return self._finished(x, None, Finish(relu=True))
+
+    def _finished(self, x: Any, mask: Any, finish: Finish) -> Any:
         self._check(x)
         if not self.takes_statistics:
-            return F.batch_norm(
-                x,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                eps=self.eps,
-                axis=self.axis,
+            return finish(
+                F.batch_norm(
+                    x,
+                    self.running_mean,
+                    self.running_var,
+                    self.weight,
+                    self.bias,
+                    eps=self.eps,
+                    axis=self.axis,
+                )
             )
-        out, found = self._by_the_batch(x, mask)
+        out, found = self._by_the_batch(x, mask, finish)
         # After the call, so that one which raised leaves no trace.
         self.take(found)
         return out
@@ -134,10 +148,11 @@ class BatchNorm(PerChannel):
         if self.training:
             (self._sink or self._move)(found)
 
-    def _by_the_batch(self, x: Any, mask: Any) -> tuple[Any, BatchStatistics]:
+    def _by_the_batch(self, x: Any, mask: Any, finish: Finish) -> tuple[Any, BatchStatistics]:
         return batch_norm_and_statistics(
-            x, self.weight, self.bias, self.eps, axis=self.axis, mask=mask, groups=self.groups
-        )
+            x, self.weight, self.bias, self.eps,
+            axis=self.axis, mask=mask, groups=self.groups, finish=finish,
+        )  # fmt: skip
 
     def _move(self, found: BatchStatistics) -> None:
         """Move the running statistics and the counter."""

@@ -9,7 +9,7 @@ from tinygrad_bn.batch_renormalization import batch_renorm_and_statistics
 from tinygrad_bn.nn.batch_norm import BatchNorm
 from tinygrad_bn.nn.conventions import BY_CONVENTION, Default
 from tinygrad_bn.nn.per_channel import Axis, ignore
-from tinygrad_bn.normalization import BatchStatistics
+from tinygrad_bn.normalization import BatchStatistics, Finish
 from tinygrad_bn.ops.elementwise import clip
 
 Warmup = tuple[int, int, int]
@@ -107,7 +107,7 @@ class BatchRenorm(BatchNorm):
             )
             return 1 + r * (self.r_max - 1), d * self.d_max
 
-    def _by_the_batch(self, x: Any, mask: Any) -> tuple[Any, BatchStatistics]:
+    def _by_the_batch(self, x: Any, mask: Any, finish: Finish) -> tuple[Any, BatchStatistics]:
         if mask is not None:
             raise ValueError(f"{self._name}: it takes no mask; use nn.BatchNorm")
         mean: Any = self.running_mean
@@ -118,7 +118,7 @@ class BatchRenorm(BatchNorm):
         elif x.size:
             self._met = met[0].copy(), met[1].copy(), met[2]
         r_max, d_max = met[2]
-        return batch_renorm_and_statistics(
+        out, found = batch_renorm_and_statistics(
             x,
             met[0],
             met[1],
@@ -129,6 +129,7 @@ class BatchRenorm(BatchNorm):
             d_max=d_max,
             axis=self.axis,
         )
+        return finish(out), found
 
     def extra_repr(self) -> str:
         """Return the sizes and settings, the final limits among them."""

@@ -1,9 +1,9 @@
 """Layers in a row that run as one.
 
 `Sequential` calls its modules one after the other, but hands runs of plain layers that a kernel
-serves to one function: convolution, batch norm and ReLU, with a max pool after them or without.
-What comes out, gradients of any order included, is what the layers by themselves give, within
-rounding.
+serves to one function: convolution, batch norm and ReLU, with a max pool after them or without;
+batch norm and ReLU. What comes out, gradients of any order included, is what the layers by
+themselves give, within rounding.
 
 A layer is plain if its class is exactly the library's own (a subclass may do anything) and nothing
 looks at what goes through it (no hook, no `forward` set on it). In evaluation, and wherever no
@@ -13,6 +13,7 @@ kernel answers, the layers are called as they stand.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from tinygrad_bn.backend.recording import watching
@@ -28,14 +29,17 @@ _NORMS = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 def step(modules: Sequence[Module], at: int, x: Any) -> tuple[int, Any]:
     """Return how many modules from index `at` on were run, at least one, and x after them."""
-    first = modules[at]
-    if type(first) is Conv2d:
-        run = modules[at : at + 4]
-        if len(run) > 2 and all(map(is_plain, run[:3])) and type(run[2]) is ReLU:
-            found = _conv_block(first, run[1], run[3] if len(run) > 3 else None, x)
-            if found is not None:
-                return found
-    return 1, first(x)
+    run: list[Any] = list(takewhile(is_plain, modules[at : at + 4]))
+    kinds = [type(module) for module in run]
+    if len(run) > 2 and kinds[0] is Conv2d and kinds[1] in _NORMS and kinds[2] is ReLU:
+        pool = run[3] if kinds[3:] == [MaxPool2d] else None
+        found = _conv_block(run[0], run[1], pool, x)
+        if found is not None:
+            return found
+    # A step that is being captured wants to see each module.
+    elif len(run) > 1 and kinds[0] in _NORMS and kinds[1] is ReLU and watching() is None:
+        return 2, run[0].followed_by_relu(x)
+    return 1, modules[at](x)
 
 
 def is_plain(module: Module) -> bool:
@@ -47,8 +51,7 @@ def _conv_block(conv: Any, norm: Any, pool: Any, x: Any) -> tuple[int, Any] | No
     """Return how many layers were run as one, and their result; None for none of them."""
     channels_last = conv.layout == "NHWC"
     if (
-        type(norm) not in _NORMS
-        or not norm.takes_statistics
+        not norm.takes_statistics
         or norm.num_features != conv.out_channels
         or norm.axis not in ((3, -1) if channels_last else (1, -3))
         or norm.groups != 1
@@ -56,8 +59,7 @@ def _conv_block(conv: Any, norm: Any, pool: Any, x: Any) -> tuple[int, Any] | No
     ):
         return None
     fits = (
-        type(pool) is MaxPool2d
-        and is_plain(pool)
+        pool is not None
         and pool.layout == conv.layout
         and pair(pool.stride) == pair(pool.kernel_size)
         and pair(pool.padding) == (0, 0)

@@ -95,6 +95,8 @@ def _(
     weight: Any,
     bias: Any,
     residual: Any,
+    mean: Any,
+    var: Any,
     axis: Axes,
     eps: float,
     needs: tuple[bool, ...],
@@ -103,6 +105,9 @@ def _(
         return _norm_relu(x, weight, bias, residual, axis, eps)[0]
 
     return differentiate(chain, (x, weight, bias, residual), g, needs)
+
+
+batch_norm_relu.use_kernels(numba="tinygrad_bn.kernels.cpu.numba_batch_norm_relu")
 
 
 # --- convolution, batch norm, ReLU, max pool -----------------------------------------------------
