@@ -5,11 +5,17 @@ import pytest
 from tests.kernels.cuda import shim
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["forwards", "backwards"])
+@pytest.fixture(
+    scope="module",
+    params=[(teams, backwards) for teams in (True, False) for backwards in (False, True)],
+    ids=["teams-forwards", "teams-backwards", "two-forwards", "two-backwards"],
+)
 def small(request):
-    """Have ops on NumPy arrays served by CUDA kernels that cut small arrays into many tiles, with
-    the first or the last thread of a block being the first to run."""
+    """Have ops on NumPy arrays served by CUDA kernels that cut small arrays into many tiles: by
+    teams or in two launches, the first or the last thread of a block being the first to run."""
     if shim.missing() is not None:
         pytest.skip(shim.missing())
-    with shim.small_tiles(), shim.on_cuda_kernels(shim.ShimRuntime(backwards=request.param)) as on:
-        yield on
+    teams, backwards = request.param
+    runtime = shim.ShimRuntime(backwards=backwards)
+    with shim.small_tiles(teams), shim.on_cuda_kernels(runtime):
+        yield runtime

@@ -5,21 +5,25 @@ from itertools import product
 from tinygrad_bn.kernels.cuda import launch
 
 
-def batch_norm():
+def batch_norm(threads, with_single):
+    """Yield how batch norm is compiled: for loads of 16 bytes (or of four elements), and of one."""
     for element, columns, relu in product(("float", "Half", "BFloat16", "double"), (0, 1), (0, 1)):
         wide = {"float": 4, "double": 2}.get(element, 4 if columns else 8)
-        for vector in (wide, 1):
+        for vector in (wide, 1) if with_single else (wide,):
             yield {
                 "ELEMENT": element,
                 "VECTOR": vector,
                 "COLUMNS": columns,
                 "RELU": relu,
-                "THREADS": 256,
+                "THREADS": threads,
             }
 
 
 #: File -> the definitions it is compiled with.
-PROGRAMS = {"batch_norm.cu": list(batch_norm())}
+PROGRAMS = {
+    "batch_norm.cu": list(batch_norm(256, with_single=True)),
+    "batch_norm_teams.cu": list(batch_norm(128, with_single=False)),
+}
 
 
 def source(file, defines):

@@ -26,7 +26,7 @@ import pytest
 
 from tests.kernels.cuda.fake_blas import FakeBlas
 from tinygrad_bn.backend import ARRAY_TYPES, kernels
-from tinygrad_bn.kernels.cuda import channel_tiles, launch
+from tinygrad_bn.kernels.cuda import batch_norm, channel_teams, channel_tiles, launch
 
 HEADER = Path(__file__).with_name("shim.h")
 COMPILER = os.environ.get("CXX", "g++")
@@ -152,12 +152,23 @@ def on_cuda_kernels(runtime: ShimRuntime):
 
 
 @contextmanager
-def small_tiles():
-    """Have small arrays cut into many tiles of several blocks inside the `with` block."""
+def small_tiles(teams: bool = True):
+    """Have small arrays cut into many tiles of several blocks inside the `with` block.
+
+    teams: False has all served by two launches.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(channel_tiles, "THREADS", 64)
-        patch.setattr(channel_tiles, "LONG_RUN", 12)
-        patch.setattr(channel_tiles, "WIDTH", 3)
-        patch.setattr(channel_tiles, "BLOCKS_PER_MULTIPROCESSOR", 4)
-        patch.setattr(channel_tiles, "VECTORS_PER_BLOCK", 4)
+        for name, value in (
+            ("THREADS", 64),
+            ("LONG_RUN", 12),
+            ("WIDTH", 3),
+            ("BLOCKS_PER_MULTIPROCESSOR", 4),
+            ("VECTORS_PER_BLOCK", 4),
+        ):
+            patch.setattr(channel_tiles, name, value)
+        # A thread keeps few vectors, so that some are read again.
+        for name, value in (("THREADS", 32), ("RESERVED", 0), ("WIDTHS", (2, 4)), ("ROUND", 4)):
+            patch.setattr(channel_teams, name, value)
+        if not teams:
+            patch.setattr(batch_norm, "teams_for", lambda *arguments: None)
         yield

@@ -1,6 +1,8 @@
-"""Batch norm on a GPU: arguments of the op made into launches of `batch_norm.cu`.
+"""Batch norm on a GPU: arguments of the op made into launches.
 
-Statistics stay on the device; nothing here waits for it.
+One launch of `batch_norm_teams.cu` where that serves, which is whatever has no mask and whose rows
+or runs are whole vectors; two of `batch_norm.cu` otherwise. Statistics stay on the device; nothing
+here waits for it.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tinygrad_bn.backend import array_module, saving
 from tinygrad_bn.kernels.cuda import launch
+from tinygrad_bn.kernels.cuda.channel_teams import teams_for
 from tinygrad_bn.kernels.cuda.channel_tiles import View, tiles_for, view_of
 from tinygrad_bn.kernels.layout import Axes
 
@@ -54,31 +57,41 @@ def normalized(
     with launch.on_device_of(x):
         laid, laid_residual = view.lay(x), None if residual is None else view.lay(residual)
         out = view.empty(x)
-        arrays = tuple(a for a in (laid, laid_residual, out) if a is not None)
-        tiles = tiles_for(view, arrays, mask is not None, relu)
-        if tiles is None:
-            return NotImplemented
-        places = Mask.of(mask, view)
         mean, var = (xp.empty(view.kept, "float64") for _ in range(2))
-        partials = tiles.partials(x, 2)
-        tiles.launch_sums("forward_sums", 2, laid, *places.kernel, partials)
-        tiles.launch_apply(
-            "forward_apply",
-            2,
-            AFFINE,
-            laid,
-            laid_residual,
-            out,
-            partials,
-            *given(mean),
-            *given(var),
-            *given(weight),
-            *given(bias),
-            *places.kernel,
-            float(eps),
-        )
-    count = view.count if mask is None else places.count
+        tensors = (laid, laid_residual, out)
+        statistics = (mean, var, *given(weight), *given(bias), float(eps))
+        count = view.values
+        if mask is not None or not _forward_by_teams(view, tensors, statistics, relu):
+            places = Mask.of(mask, view)
+            count = count if mask is None else places.count
+            if not _forward_in_two(view, tensors, statistics, places, relu):
+                return NotImplemented
     return saving(view.back(out), mean=mean, var=var, count=count)
+
+
+def _forward_by_teams(view: View, tensors: Any, statistics: Any, relu: bool) -> bool:
+    """Fill `out`, the last of `tensors`, and mean and var; return whether that is possible."""
+    arrays = present(tensors)
+    teams = teams_for("forward_teams", view, arrays, relu, 1, AFFINE)
+    if teams is not None:
+        teams.launch("forward_teams", arrays[0], tensors, statistics)
+    return teams is not None
+
+
+def _forward_in_two(view: View, tensors: Any, statistics: Any, places: Mask, relu: bool) -> bool:
+    """Do the same in two launches, for any tensor, with or without a mask."""
+    arrays = present(tensors)
+    tiles = tiles_for(view, arrays, places.frequency is not None, relu)
+    if tiles is None:
+        return False
+    mean, var, *parameters, eps = statistics
+    partials = tiles.partials(arrays[0], 2)
+    tiles.launch_sums("forward_sums", 2, arrays[0], *places.kernel, partials)
+    vectors = (*given(mean), *given(var), *parameters)
+    tiles.launch_apply(
+        "forward_apply", 2, AFFINE, *tensors, partials, *vectors, *places.kernel, eps
+    )
+    return True
 
 
 def vjp(
@@ -128,11 +141,6 @@ def gradients(
     with launch.on_device_of(x):
         laid, laid_g, laid_out = (None if a is None else view.lay(a) for a in (x, g, out))
         gx = view.empty(x) if needs[0] else None
-        arrays = tuple(a for a in (laid, laid_g, laid_out, gx) if a is not None)
-        tiles = tiles_for(view, arrays, mask is not None, relu)
-        if tiles is None:
-            return NotImplemented
-        places = Mask.of(mask, view)
         shape = tuple(x.shape[a] for a in axis)
         per_group = shape if groups == 1 else (groups, *shape)
         # Groups are added up in float64; a single one is rounded at once.
@@ -140,33 +148,59 @@ def gradients(
             xp.empty(per_group, "float64" if p is None or groups > 1 else p.dtype) if need else None
             for p, need in zip((weight, bias), (*needs[1:3], False, False)[:2], strict=True)
         )
-        sums = tiles.backward_sums
-        partials = tiles.partials(x, sums)
-        statistics = (*given(mean), *given(var), *given(weight), *given(bias))
-        inputs = (laid_g, laid, laid_out)
-        tiles.launch_sums(
-            "backward_sums", sums, *inputs, partials, *statistics, places.frequency, float(eps)
-        )
-        tiles.launch_apply(
-            "backward_apply",
-            sums,
-            GRADIENT,
-            *inputs,
-            gx,
-            partials,
-            *statistics,
-            *given(gweight),
-            *given(gbias),
-            None,
-            None,
-            0,
-            places.frequency,
-            places.total,
-            float(eps),
-        )
+        tensors = (laid_g, laid, laid_out, gx)
+        given_vectors = (mean, var, weight, bias)
+        to = (*given(gweight), *given(gbias))
+        options = {"eps": float(eps), "relu": relu}
+        if not (
+            (mask is None and _backward_by_teams(view, tensors, given_vectors, to, **options))
+            or _backward_in_two(view, tensors, given_vectors, to, Mask.of(mask, view), **options)
+        ):
+            return NotImplemented
         if groups > 1:
             gweight, gbias = (None if s is None else s.sum(axis=0) for s in (gweight, gbias))
     return None if gx is None else view.back(gx), gweight, gbias
+
+
+def _backward_by_teams(
+    view: View, tensors: Any, vectors: Any, to: Any, eps: float, relu: bool
+) -> bool:
+    """Fill gx, the last of `tensors`, and the vectors in `to`; return whether that is possible."""
+    mean, var, weight, bias = vectors
+    if tensors[-1] is None:  # nothing to keep it on the chip for
+        return False
+    arrays = present(tensors)
+    teams = teams_for("backward_teams", view, arrays, relu, 2, GRADIENT)
+    if teams is not None:
+        statistics = (mean, var, *given(weight), *given(bias))
+        teams.launch("backward_teams", arrays[0], tensors, (*statistics, *to, eps))
+    return teams is not None
+
+
+def _backward_in_two(
+    view: View, tensors: Any, vectors: Any, to: Any, places: Mask, eps: float, relu: bool
+) -> bool:
+    """Do the same in two launches, for any tensor, with or without a mask."""
+    arrays = present(tensors)
+    tiles = tiles_for(view, arrays, places.frequency is not None, relu)
+    if tiles is None:
+        return False
+    sums = tiles.backward_sums
+    partials = tiles.partials(arrays[0], sums)
+    *inputs, gx = tensors
+    statistics = [part for vector in vectors for part in given(vector)]
+    tiles.launch_sums("backward_sums", sums, *inputs, partials, *statistics, places.frequency, eps)
+    tiles.launch_apply(
+        "backward_apply",
+        sums,
+        GRADIENT,
+        *(*inputs, gx, partials),
+        *statistics,
+        *to,
+        *(None, None, 0),
+        *(places.frequency, places.total, eps),
+    )
+    return True
 
 
 class Mask(NamedTuple):
@@ -197,7 +231,7 @@ class Mask(NamedTuple):
         whole = tuple(1 if k != 1 else n for k, n in zip(kept, view.shape, strict=True))
         # Where the one channel axis has size 1, so has the mask; then both read 1 here.
         spread = xp.broadcast_to(mask.astype("float64"), whole).transpose(view.order)
-        frequency = xp.ascontiguousarray(spread).reshape(view.groups, view.count)
+        frequency = xp.ascontiguousarray(spread).reshape(view.groups, view.values)
         counts = frequency > 0
         enough = counts.sum(axis=1, keepdims=True) >= 2
         frequency = xp.where(counts & enough, frequency, 0.0)
@@ -216,6 +250,11 @@ def given(array: Any) -> tuple[Any, int]:
     if array is None:
         return None, 0
     return array_module(array).ascontiguousarray(array), launch.KINDS[array.dtype.name]
+
+
+def present(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arrays that are there."""
+    return tuple(a for a in arrays if a is not None)
 
 
 def parameters_served(*vectors: Any) -> bool:

@@ -6,7 +6,13 @@ from typing import Any
 
 from tinygrad_bn.backend import array_module
 from tinygrad_bn.kernels.cuda import launch
-from tinygrad_bn.kernels.cuda.batch_norm import AFFINE, GRADIENT, given, parameters_served
+from tinygrad_bn.kernels.cuda.batch_norm import (
+    AFFINE,
+    GRADIENT,
+    given,
+    parameters_served,
+    present,
+)
 from tinygrad_bn.kernels.cuda.channel_tiles import tiles_for, view_of
 from tinygrad_bn.kernels.layout import Axes
 
@@ -60,7 +66,7 @@ def vjp(
     with launch.on_device_of(x):
         eps, laid, laid_g = float(eps), view.lay(x), view.lay(g)
         gx = view.empty(x) if needs[0] else None
-        tiles = tiles_for(view, (laid, laid_g) if gx is None else (laid, laid_g, gx))
+        tiles = tiles_for(view, present((laid, laid_g, gx)))
         if tiles is None:
             return NotImplemented
         gmean, gvar, gweight, gbias = (xp.empty(shape, "float64") if n else None for n in needs[1:])

@@ -1,4 +1,4 @@
-"""How a tensor is cut into tiles of channels for the batch norm kernels; see batch_norm.cu.
+"""How a tensor is cut into tiles of channels for the batch norm kernels; see batch_norm.cuh.
 
 A tensor is seen as (groups, rows, channels, inner), in the order in which it lies in memory.
 """
@@ -23,8 +23,8 @@ WIDTH = 32
 BLOCKS_PER_MULTIPROCESSOR = 8
 # Vectors a block should have at least: with fewer, starting and summing outweigh them.
 VECTORS_PER_BLOCK = 1024
-# What a launch can number.
-MOST_BLOCKS = 2**31 - 1
+# What kernels count in 32 bits: blocks, channels, the elements of a run.
+MOST = 2**31 - 1
 
 
 class View(NamedTuple):
@@ -43,7 +43,7 @@ class View(NamedTuple):
     kept: tuple[int, ...]
 
     @property
-    def count(self) -> int:
+    def values(self) -> int:
         """How many values share a mean."""
         return self.rows * self.inner
 
@@ -80,29 +80,71 @@ def view_of(x: Any, axis: Axes, groups: int) -> View | None:
     sizes = [x.shape[i] for i in order]
     first = order.index(axis[0])
     last = first + len(axis)
+    channels, run = math.prod(sizes[first:last]), math.prod(sizes[last:])
+    if max(groups, channels, run) > MOST:
+        return None
     kept = tuple(n if i in axis else 1 for i, n in enumerate(x.shape))
-    return View(
-        order,
-        x.shape,
-        groups,
-        math.prod(sizes[:first]) // groups,
-        math.prod(sizes[first:last]),
-        math.prod(sizes[last:]),
-        kept if groups == 1 else (groups, *kept),
+    rows = math.prod(sizes[:first]) // groups
+    kept = kept if groups == 1 else (groups, *kept)
+    return View(order, x.shape, groups, rows, channels, run, kept)
+
+
+class Loads(NamedTuple):
+    """How the elements of a tensor are reached.
+
+    vector: how many a load brings. columns: whether threads go down columns, or along runs.
+    step: how many channels fill whole vectors; a tile has a multiple of it, or all channels.
+    """
+
+    vector: int
+    columns: bool
+    step: int
+
+    def tile(self, view: View, width: int) -> int:
+        """Return how many channels make a tile whose rows have about `width` vectors."""
+        if not self.columns:
+            return 1
+        of_step = self.step * view.inner
+        return min(view.channels, self.step * -(-width * self.vector // of_step))
+
+
+def loads_for(view: View, arrays: tuple[Any, ...], masked: bool = False) -> Loads:
+    """Return how to reach `arrays`, all laid as `view` says.
+
+    Loads have 16 bytes (or four elements, where a thread keeps sums for each) where every array
+    begins at a multiple of that, and where runs (or rows) of a channel do; else, and with a mask,
+    one element.
+    """
+    size = arrays[0].dtype.itemsize
+    columns = view.inner * size < LONG_RUN
+    wide = min(16 // size, 4) if columns else 16 // size
+    together = view.channels * view.inner if columns else view.inner
+    aligned = launch.alignment(*arrays) >= wide * size and together % wide == 0
+    vector = wide if aligned and not masked else 1
+    return Loads(vector, columns, vector // math.gcd(vector, view.inner))
+
+
+def program_for(file: str, dtype: Any, loads: Loads, relu: bool, threads: int) -> launch.Program:
+    """Return the kernels of `file` for elements of `dtype`."""
+    return launch.program(
+        file,
+        ELEMENT=launch.ELEMENTS[dtype.name],
+        VECTOR=loads.vector,
+        COLUMNS=int(loads.columns),
+        RELU=int(relu),
+        THREADS=threads,
     )
 
 
 class Tiles(NamedTuple):
-    """How a launch shares out a tensor: which program, how large tiles, how many blocks.
+    """How two launches share out a tensor: which program, how large tiles, how many blocks.
 
-    vector: elements of a load. columns: whether threads go down columns.
     tile: channels of a tile. members: blocks of a team, which share one.
     """
 
     view: View
     program: launch.Program
-    vector: int
-    columns: bool
+    loads: Loads
     tile: int
     members: int
     real_bytes: int
@@ -110,7 +152,7 @@ class Tiles(NamedTuple):
     @property
     def backward_sums(self) -> int:
         """How many sums the backward pass has: one more where there may be a mask."""
-        return 3 if self.vector == 1 else 2
+        return 3 if self.loads.vector == 1 else 2
 
     @property
     def blocks(self) -> int:
@@ -123,7 +165,7 @@ class Tiles(NamedTuple):
 
     def launch_sums(self, name: str, sums: int, *arguments: Any) -> None:
         """Start a kernel that leaves `sums` sums of each block and channel."""
-        lanes = self.vector if self.columns else 1
+        lanes = self.loads.vector if self.loads.columns else 1
         self._launch(name, 8 * THREADS * lanes * sums, arguments)
 
     def launch_apply(self, name: str, sums: int, coefficients: int, *arguments: Any) -> None:
@@ -140,38 +182,22 @@ class Tiles(NamedTuple):
 def tiles_for(
     view: View, arrays: tuple[Any, ...], masked: bool = False, relu: bool = False
 ) -> Tiles | None:
-    """Return how to share out `arrays`, all laid as `view` says; None if there are too many tiles.
-
-    Loads have 16 bytes (or four elements, where a thread keeps sums for each) where every array
-    begins at a multiple of that, and where runs (or rows) of a channel do; else, and with a mask,
-    one element.
-    """
+    """Return how to share out `arrays` in two launches; None if there are too many tiles."""
     dtype = arrays[0].dtype
-    columns = view.inner * dtype.itemsize < LONG_RUN
-    wide = min(16 // dtype.itemsize, 4) if columns else 16 // dtype.itemsize
-    together = view.channels * view.inner if columns else view.inner
-    aligned = launch.alignment(*arrays) == 16 and together % wide == 0
-    vector = wide if aligned and not masked else 1
-    tile = 1
-    if columns:
-        step = vector // math.gcd(vector, view.inner)  # channels that fill whole vectors
-        tile = min(view.channels, step * -(-WIDTH * vector // (step * view.inner)))
-    program = launch.program(
-        "batch_norm.cu",
-        ELEMENT=launch.ELEMENTS[dtype.name],
-        VECTOR=vector,
-        COLUMNS=int(columns),
-        RELU=int(relu),
-        THREADS=THREADS,
-    )
+    loads = loads_for(view, arrays, masked)
+    tile = loads.tile(view, WIDTH)
+    program = program_for("batch_norm.cu", dtype, loads, relu, THREADS)
     teams = view.groups * -(-view.channels // tile)
-    vectors = view.rows * view.inner * tile // vector
-    most = max(1, vectors // VECTORS_PER_BLOCK)
-    if columns:
+    most = max(1, view.values * tile // loads.vector // VECTORS_PER_BLOCK)
+    if loads.columns:
         most = min(most, view.rows)
     wanted = BLOCKS_PER_MULTIPROCESSOR * program.device.multiprocessors
     members = max(1, min(most, -(-wanted // teams)))
-    if teams * members > MOST_BLOCKS:
+    if teams * members > MOST:
         return None
-    real_bytes = 8 if dtype.name == "float64" else 4
-    return Tiles(view, program, vector, columns, tile, members, real_bytes)
+    return Tiles(view, program, loads, tile, members, real_bytes(dtype))
+
+
+def real_bytes(dtype: Any) -> int:
+    """Return the size of what arithmetic on elements of `dtype` is done in."""
+    return max(4, dtype.itemsize)

@@ -48,9 +48,13 @@ __device__ __forceinline__ float real(Half value) {
 __device__ __forceinline__ void round_to(float& element, float value) { element = value; }
 __device__ __forceinline__ void round_to(double& element, double value) { element = value; }
 __device__ __forceinline__ void round_to(BFloat16& element, float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(element.bits) : "f"(value));
+#else
   unsigned bits = bit_cast<unsigned>(value);
   // A NaN stays one: rounding could carry its bits into those of an infinity.
   element.bits = isnan(value) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+#endif
 }
 __device__ __forceinline__ void round_to(Half& element, float value) {
 #ifdef __CUDACC__
