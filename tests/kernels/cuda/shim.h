@@ -196,16 +196,15 @@ inline bool run(std::vector<Block>& blocks, bool backwards) {
   return true;
 }
 
-// Launch `kernel`: 0, or 1 if threads waited for ever.
+// Launch `kernel`, or of its blocks those from `begin` to `end`: 0, or 1 if threads waited for ever.
 inline int launch(const unsigned* grid, const unsigned* block, size_t shared, bool cooperative,
-                  bool backwards) {
+                  bool backwards, size_t begin, size_t end) {
   grid_size = {grid[0], grid[1], grid[2]};
   block_size = {block[0], block[1], block[2]};
   unsigned threads = block[0] * block[1] * block[2];
-  size_t count = size_t(grid[0]) * grid[1] * grid[2];
   std::vector<Block> blocks;
-  for (size_t i = 0; i < count; ++i) {
-    size_t at = backwards ? count - 1 - i : i;
+  for (size_t i = begin; i < end; ++i) {
+    size_t at = backwards ? begin + end - 1 - i : i;
     Block made;
     made.index = {unsigned(at % grid[0]), unsigned(at / grid[0] % grid[1]),
                   unsigned(at / grid[0] / grid[1])};
@@ -216,7 +215,7 @@ inline int launch(const unsigned* grid, const unsigned* block, size_t shared, bo
     }
     made.shared.assign(shared + 16, 0xFF);  // NaN: what was never written shows
     blocks.push_back(std::move(made));
-    if (!cooperative || i + 1 == count) {
+    if (!cooperative || i + 1 == end) {
       if (!run(blocks, backwards)) return 1;
       blocks.clear();
     }
@@ -246,10 +245,10 @@ constexpr int parameters(void (*)(A...)) {
   extern "C" int shim_parameters_##NAME() { return shim::parameters(NAME); }                  \
   extern "C" int shim_launch_##NAME(const unsigned* grid, const unsigned* block,              \
                                     size_t shared, int cooperative, int backwards,            \
-                                    void** arguments) {                                       \
+                                    size_t begin, size_t end, void** arguments) {             \
     shim::kernel = [](void** given) { shim::call(NAME, given); };                             \
     shim::arguments = arguments;                                                              \
-    return shim::launch(grid, block, shared, cooperative, backwards);                         \
+    return shim::launch(grid, block, shared, cooperative, backwards, begin, end);             \
   }
 
 #define threadIdx (shim::current->index)

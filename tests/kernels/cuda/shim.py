@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", "
 
 #: Small, so that small arrays have several blocks of several warps, and more blocks than fit.
 DEVICE = launch.Device(
-    multiprocessors=3, threads=256, shared=32768, shared_per_block=16384, cooperative=True
+    multiprocessors=3, threads=256, shared=12288, shared_per_block=16384, cooperative=True
 )
 
 
@@ -52,11 +53,13 @@ class ShimRuntime:
     device: what the wrappers are told of it.
     backwards: run the last thread and the last block first.
     launched: the kernels that ran, as (name, blocks, threads).
+    only: of a launch's number of blocks, the range of those that run; None for all.
     """
 
     def __init__(self, device: launch.Device = DEVICE, backwards: bool = False):
         self.device = device
         self.backwards = backwards
+        self.only: Callable[[int], range] | None = None
         self.launched: list[tuple[str, int, int]] = []
         self.blas = FakeBlas()
 
@@ -94,9 +97,10 @@ class ShimRuntime:
         pointers = (ctypes.c_void_p * len(slots))(*(ctypes.addressof(s) for s in slots))
         sizes = (ctypes.c_uint * 3)(blocks, 1, 1), (ctypes.c_uint * 3)(threads, 1, 1)
         self.launched.append((name, blocks, threads))
-        failed = entry(
-            *sizes, ctypes.c_size_t(shared), int(cooperative), int(self.backwards), pointers
-        )
+        part = range(blocks) if self.only is None else self.only(blocks)
+        begin, end = ctypes.c_size_t(part.start), ctypes.c_size_t(part.stop)
+        how = int(cooperative), int(self.backwards), begin, end
+        failed = entry(*sizes, ctypes.c_size_t(shared), *how, pointers)
         if failed:
             raise DeadlockError(f"{name}: threads wait for ever")
 

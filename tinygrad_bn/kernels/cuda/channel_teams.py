@@ -74,12 +74,16 @@ def plan(view: View, loads: Loads, job: Job, shared: int, resident: int) -> Plan
         if kept < 0 or tiles * resident > MOST:
             continue
         vectors = view.values * tile // loads.vector
+        width = tile * view.inner // loads.vector if loads.columns else 1
+        if width > THREADS:
+            continue
+        room = kept * (THREADS // width * width)  # of a block; other threads have no column
         shareable = view.rows if loads.columns else -(-vectors // THREADS)
         for members in sorted({resident // teams for teams in range(1, min(tiles, resident) + 1)}):
             members = min(members, shareable)
             teams = min(tiles, resident // members)
             share = -(-vectors // members)
-            again = max(0, share - kept * THREADS)
+            again = max(0, share - room)
             moved = (job.tensors + 1) * share + job.tensors * again
             cost = -(-tiles // teams) * (moved + ROUND * (2 if loads.columns else 1))
             if best is None or cost < best[0]:

@@ -242,12 +242,12 @@ _cupy_runtime = cache(CupyRuntime)
 
 
 @contextmanager
-def use_runtime(runtime: Runtime) -> Iterator[None]:
-    """Compile and launch by `runtime` inside the `with` block."""
+def use_runtime(runtime: Runtime) -> Iterator[Any]:
+    """Compile and launch by `runtime`, which is given back, inside the `with` block."""
     before = _runtime.get()
     _runtime.set(runtime)
     try:
-        yield
+        yield runtime
     finally:
         _runtime.set(before)
 
