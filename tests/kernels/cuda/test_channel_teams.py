@@ -1,4 +1,4 @@
-"""How tensors are shared out among teams: never more blocks than are resident, and nothing twice."""
+"""How tensors are shared out among teams: never more blocks than are resident at once."""
 
 import math
 
