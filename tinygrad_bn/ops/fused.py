@@ -107,7 +107,10 @@ def _(
     return differentiate(chain, (x, weight, bias, residual), g, needs)
 
 
-batch_norm_relu.use_kernels(numba="tinygrad_bn.kernels.cpu.numba_batch_norm_relu")
+batch_norm_relu.use_kernels(
+    numba="tinygrad_bn.kernels.cpu.numba_batch_norm_relu",
+    cuda="tinygrad_bn.kernels.cuda.batch_norm_relu",
+)
 
 
 # --- convolution, batch norm, ReLU, max pool -----------------------------------------------------

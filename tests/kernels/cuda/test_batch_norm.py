@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tinygrad_bn as tg
 from tests.ops.batch_norm_cases import cases, reference
+from tinygrad_bn import functional as F
 from tinygrad_bn.backend.kernels import use_kernels
 from tinygrad_bn.kernels.cuda import batch_norm as kernel
 from tinygrad_bn.kernels.cuda import batch_norm_given as given_kernel
@@ -181,6 +183,29 @@ def test_relu_and_residual_are_those_of_separate_steps(dtype, drawn, with_residu
     got = kernel.gradients(*call, **options, needs=needs, relu=True)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_functions_of_the_library_are_served_and_agree(small):
+    """Forward, gradients and running statistics of F, by the kernels and by the generic forms."""
+    x, g = batch((12, 4, 8))
+    weight, bias = batch((2, 4), seed=3)[0]
+
+    def run(function, training):
+        tensors = [tg.tensor(a, requires_grad=True) for a in (x, weight, bias)]
+        running = np.zeros(4, np.float32), np.ones(4, np.float32)
+        y = function(tensors[0], *running, tensors[1], tensors[2], training)
+        y.backward(g)
+        return [y.numpy(), *(t.grad.numpy() for t in tensors), *running]
+
+    for function in (F.batch_norm, F.batch_norm_relu):
+        for training in (True, False):
+            small.launched.clear()
+            got = run(function, training)
+            assert len(small.launched) >= 2
+            with use_kernels("generic"):
+                want = run(function, training)
+            for a, b in zip(got, want, strict=True):
+                close(a, b, x.size / 4)
 
 
 # --- properties ----------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from tinygrad_bn.kernels.cuda.channel_tiles import (
 # Threads of a block, and blocks that a multiprocessor holds: they share its memory, less the part
 # of each that is not theirs to use.
 THREADS, RESIDENT, RESERVED = 128, 4, 1024
-# What a round costs a block besides its elements, in vectors moved: a barrier and the sums are taken
-# to need 2 µs, in which one of the 528 blocks of an H100 moves 11 KB.
+# What a round costs a block besides its elements, in vectors moved: a barrier and the sums are
+# taken to need 2 µs, in which one of the 528 blocks of an H100 moves 11 KB.
 ROUND = 700
 # Widths of a tile that are tried, in vectors: a narrow one fits on the chip sooner, and a row of it
 # is still whole sectors of 32 bytes.
