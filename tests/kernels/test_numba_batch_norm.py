@@ -122,8 +122,8 @@ def test_relu_keeps_nan_in_its_place():
     x = np.array([[1, np.nan], [-1, 1]], np.float32)
     vectors = np.array([[0, 0], [1, 1], [0, 0]], np.float32)
     y = np.empty(4, np.float32)
-    for inner, v in ((1, vectors), (2, vectors[:, :1].copy())):
-        numba_batch_norm.normalize.of(x.dtype)(x.reshape(-1), v, inner, True, y)
+    for C, S in ((2, 1), (1, 2)):
+        numba_batch_norm.normalize.of(x.dtype)(x.reshape(-1), vectors, C, S, True, y)
         np.testing.assert_array_equal(y, [1, np.nan, 0, 1])
 
 

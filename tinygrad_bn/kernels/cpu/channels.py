@@ -29,6 +29,8 @@ SMALLEST_SHARE = 1 << 14
 SHORTEST_RUN, SHORTEST_ROW = 128, 1024
 # A row of more entries than this pushes the numbers beside it out of the cache.
 LONGEST_ROW = 1 << 15
+# Rows of vectors a multiple of 4 KiB apart would compete for the same few places in the cache.
+PADDING = 80
 
 
 class Channels:
@@ -56,7 +58,8 @@ class Channels:
         self.row = self.repeats * period
         self.rows, tail = divmod(samples, self.repeats)
         self.tail = tail * period
-        self.inner = 1 if self.spreads else self.run  # what the loops are told for S
+        # What the loops are told for C and S.
+        self.columns, self.inner = (self.row, 1) if self.spreads else (self.channels, self.run)
 
     def lay(self, x: Array) -> Array:
         """Return x as (groups, entries in memory's order), copied only if it is not dense."""
@@ -73,28 +76,32 @@ class Channels:
 
     def spread(self, vectors: Array) -> Array:
         """Return vectors (k, C) as the loops want them: a number for each entry of a row, or C."""
-        if not self.spreads:
-            return vectors
-        return np.tile(np.repeat(vectors, self.run, axis=1), (1, self.repeats))
+        if self.spreads:
+            vectors = np.tile(np.repeat(vectors, self.run, axis=1), (1, self.repeats))
+        return np.concatenate([vectors, np.zeros((len(vectors), PADDING), vectors.dtype)], axis=1)
 
-    def folded(self, totals: Array) -> Array:
-        """Return sums (k, as wide as `spread`) summed for each channel: (k, C)."""
-        if not self.spreads:
-            return totals
-        return totals.reshape(len(totals), -1, self.channels, self.run).sum(axis=(1, 3))
+    def sums(self) -> Array:
+        """Return zeros for the loops to add two sums of each channel to."""
+        return np.zeros((2, self.columns + PADDING))
 
-    def share_out(self, work: Callable[[slice, Array], Any], vectors: Array) -> list[Any]:
-        """Return `work(part, vectors)` for each share: a slice of a laid group, and the vectors.
+    def folded(self, sums: Array) -> Array:
+        """Return what was added to `sums()` by channel: (2, C)."""
+        sums = sums[:, : self.columns]
+        if not self.spreads:
+            return sums
+        return sums.reshape(2, self.repeats, self.channels, self.run).sum(axis=(1, 3))
+
+    def share_out(self, work: Callable[[slice, int], Any]) -> list[Any]:
+        """Return `work(part, columns)` for each share: a slice of a laid group, and C to the loops.
 
         The shares depend on the number of threads alone, and so does the order of every sum.
         """
         size = self.rows * self.row
         count = max(1, min(threads.num_threads(), self.rows, size // SMALLEST_SHARE))
         cuts = [self.rows * i // count * self.row for i in range(count + 1)]
-        parts = [(slice(a, b), vectors) for a, b in pairwise(cuts)]
+        parts = [(slice(a, b), self.columns) for a, b in pairwise(cuts)]
         if self.tail:
-            cut = np.ascontiguousarray(vectors[:, : self.tail])
-            parts.append((slice(size, size + self.tail), cut))
+            parts.append((slice(size, size + self.tail), self.tail))
         results: list[Any] = [None] * len(parts)
 
         def run(i: int) -> None:

@@ -115,14 +115,14 @@ def over_groups(one: Any, groups: int) -> None:
 def _statistics(channels: Channels, laid: Array) -> tuple[Array, Array]:
     """Return mean and biased variance of each channel, float64."""
     shift = laid[: channels.channels * channels.run : channels.run].astype(np.float64)
-    moments = add_moments.of(laid.dtype)
+    loop, wide = add_moments.of(laid.dtype), channels.spread(shift[None])[0]
 
-    def sums(part: slice, shift: Array) -> Array:
-        total = np.zeros((2, shift.shape[1]))
-        moments(laid[part], shift[0], channels.inner, total)
-        return channels.folded(total)
+    def work(part: slice, columns: int) -> Array:
+        sums = channels.sums()
+        loop(laid[part], wide, columns, channels.inner, sums)
+        return channels.folded(sums)
 
-    first, second = np.sum(channels.share_out(sums, channels.spread(shift[None])), axis=0)
+    first, second = np.sum(channels.share_out(work), axis=0)
     with np.errstate(all="ignore"):
         offset = first / channels.count
         return shift + offset, np.maximum(second / channels.count - offset * offset, 0.0)
@@ -146,12 +146,12 @@ def affine(
 
 def apply(channels: Channels, laid: Array, vectors: Array, relu: bool, out: Array) -> None:
     """Write (x - high) · scale + constant into `out`."""
-    loop = normalize.of(laid.dtype)
+    loop, wide = normalize.of(laid.dtype), channels.spread(vectors)
 
-    def work(part: slice, vectors: Array) -> None:
-        loop(laid[part], vectors, channels.inner, relu, out[part])
+    def work(part: slice, columns: int) -> None:
+        loop(laid[part], wide, columns, channels.inner, relu, out[part])
 
-    channels.share_out(work, channels.spread(vectors))
+    channels.share_out(work)
 
 
 def _vjp_of_group(
@@ -171,15 +171,15 @@ def _vjp_of_group(
     if vectors is None:
         return None
     high = vectors[0].astype(np.float64)
-    products = add_products.of(laid.dtype)
+    add, wide = add_products.of(laid.dtype), channels.spread(vectors)
 
-    def sums(part: slice, vectors: Array) -> Array:
-        total = np.zeros((2, vectors.shape[1]))
-        products(laid_g[part], laid[part], vectors, channels.inner, relu, total)
-        return channels.folded(total)
+    def add_up(part: slice, columns: int) -> Array:
+        sums = channels.sums()
+        add(laid_g[part], laid[part], wide, columns, channels.inner, relu, sums)
+        return channels.folded(sums)
 
     # Σ g x̂ = s (Σ g (x - high) - low Σ g)
-    sum_g, sum_gd = np.sum(channels.share_out(sums, channels.spread(vectors)), axis=0)
+    sum_g, sum_gd = np.sum(channels.share_out(add_up), axis=0)
     with np.errstate(all="ignore"):
         s, low = 1 / np.sqrt(var + eps), mean - high
         sum_gx = s * (sum_gd - low * sum_g)
@@ -193,12 +193,12 @@ def _vjp_of_group(
     if more is None:
         return None
     if gx is not None:
-        loop = combine.of(laid.dtype)
+        write, wider = combine.of(laid.dtype), channels.spread(np.concatenate([vectors, more]))
 
-        def work(part: slice, vectors: Array) -> None:
-            loop(laid_g[part], laid[part], vectors, channels.inner, relu, gx[part])
+        def write_gx(part: slice, columns: int) -> None:
+            write(laid_g[part], laid[part], wider, columns, channels.inner, relu, gx[part])
 
-        channels.share_out(work, channels.spread(np.concatenate([vectors, more])))
+        channels.share_out(write_gx)
     return sum_gx, sum_g
 
 

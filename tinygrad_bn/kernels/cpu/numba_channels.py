@@ -1,13 +1,13 @@
 """Compiled loops over a tensor in which every channel has numbers of its own.
 
-The tensor lies flat, as (N, C, S): channel c holds S values in a row. A loop is told S, and C by
-the width of the vectors. Where S is 1 the channels are neighbours. Either way the inner loop runs
-over neighbours in memory, and becomes vector instructions:
+The tensor lies flat, as (N, C, S): channel c holds S values in a row. Where S is 1 the channels are
+neighbours. Either way the inner loop runs over neighbours in memory, and becomes vector
+instructions:
 
     S > 1   along a channel's S values, with its numbers in registers
     S = 1   along the C channels, with their numbers in rows beside them
 
-Sums are kept in float64, also those of float32: beside reading the memory, widening costs nothing.
+Vectors, and rows of sums, may be longer than C. Sums are kept in float64, also those of float32: beside reading the memory, widening costs nothing.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ HIGH, SCALE, CONSTANT, SLOPE, LEVEL = range(5)
 # --- sums of x -----------------------------------------------------------------------------------
 
 
-@compiled("T[:], f8[:], int, out f8[:, :]")
-def add_moments(x: Array, shift: Array, S: int, total: Array) -> None:
-    """Add Σ d and Σ d², for d = x - shift, to the rows of `total`, (2, C)."""
-    C = len(shift)
+@compiled("T[:], f8[:], int, int, out f8[:, :]")
+def add_moments(x: Array, shift: Array, C: int, S: int, total: Array) -> None:
+    """Add Σ d and Σ d², for d = x - shift, to the rows of `total`."""
     if S > 1:
         for n in range(len(x) // (C * S)):
             for c in range(C):
@@ -42,7 +41,7 @@ def add_moments(x: Array, shift: Array, S: int, total: Array) -> None:
     else:
         rows = len(x) // C
         for i in range(0, rows - 3, 4):  # by fours, so that the totals are read and written less
-            _add_moments_of_four(x[i * C : (i + 4) * C], shift, total[0], total[1])
+            _add_moments_of_four(x[i * C : (i + 4) * C], C, shift, total[0], total[1])
         for i in range(rows - rows % 4, rows):
             _add_moments_of_row(x[i * C : (i + 1) * C], shift, total[0], total[1])
 
@@ -66,9 +65,9 @@ def _add_moments_of_row(x, shift, first, second):
 
 
 @compiled()
-def _add_moments_of_four(x, shift, first, second):
-    x = x.reshape(4, len(shift))
-    for c in range(len(shift)):
+def _add_moments_of_four(x, C, shift, first, second):
+    x = x.reshape(4, C)
+    for c in range(C):
         d0, d1 = np.float64(x[0, c]) - shift[c], np.float64(x[1, c]) - shift[c]
         d2, d3 = np.float64(x[2, c]) - shift[c], np.float64(x[3, c]) - shift[c]
         first[c] += (d0 + d1) + (d2 + d3)
@@ -78,10 +77,9 @@ def _add_moments_of_four(x, shift, first, second):
 # --- y -------------------------------------------------------------------------------------------
 
 
-@compiled("T[:], T[:, :], int, bool, out T[:]")
-def normalize(x: Array, vectors: Array, S: int, relu: bool, y: Array) -> None:
+@compiled("T[:], T[:, :], int, int, bool, out T[:]")
+def normalize(x: Array, vectors: Array, C: int, S: int, relu: bool, y: Array) -> None:
     """Set y = (x - high) · scale + constant, or 0 where that is below 0, if `relu`; NaN stays."""
-    C = vectors.shape[1]
     if S > 1:
         for n in range(len(x) // (C * S)):
             for c in range(C):
@@ -116,10 +114,11 @@ def _normalize_row(x, high, scale, constant, relu, y):
 # --- sums with the cotangent ---------------------------------------------------------------------
 
 
-@compiled("T[:], T[:], T[:, :], int, bool, out f8[:, :]")
-def add_products(g: Array, x: Array, vectors: Array, S: int, relu: bool, total: Array) -> None:
-    """Add Σ g and Σ g (x - high) to the rows of `total`, (2, C); over y > 0 alone if `relu`."""
-    C = vectors.shape[1]
+@compiled("T[:], T[:], T[:, :], int, int, bool, out f8[:, :]")
+def add_products(
+    g: Array, x: Array, vectors: Array, C: int, S: int, relu: bool, total: Array
+) -> None:
+    """Add Σ g and Σ g (x - high) to the rows of `total`; where y > 0 alone if `relu`."""
     if S > 1:
         for n in range(len(x) // (C * S)):
             for c in range(C):
@@ -135,7 +134,9 @@ def add_products(g: Array, x: Array, vectors: Array, S: int, relu: bool, total: 
         rows = len(x) // C
         for n in range(0, rows - 3, 4):
             i, j = n * C, (n + 4) * C
-            _add_products_of_four(g[i:j], x[i:j], high, scale, constant, relu, total[0], total[1])
+            _add_products_of_four(
+                g[i:j], x[i:j], C, high, scale, constant, relu, total[0], total[1]
+            )
         for n in range(rows - rows % 4, rows):
             i, j = n * C, (n + 1) * C
             _add_products_of_row(g[i:j], x[i:j], high, scale, constant, relu, total[0], total[1])
@@ -162,8 +163,7 @@ def _add_products_of_row(g, x, high, scale, constant, relu, first, second):
 
 
 @compiled()
-def _add_products_of_four(g, x, high, scale, constant, relu, first, second):
-    C = len(high)
+def _add_products_of_four(g, x, C, high, scale, constant, relu, first, second):
     g, x = g.reshape(4, C), x.reshape(4, C)
     for c in range(C):
         d0, d1, d2, d3 = x[0, c] - high[c], x[1, c] - high[c], x[2, c] - high[c], x[3, c] - high[c]
@@ -184,10 +184,9 @@ def _passed(g, d, scale, constant, relu):
 # --- gx ------------------------------------------------------------------------------------------
 
 
-@compiled("T[:], T[:], T[:, :], int, bool, out T[:]")
-def combine(g: Array, x: Array, vectors: Array, S: int, relu: bool, gx: Array) -> None:
+@compiled("T[:], T[:], T[:, :], int, int, bool, out T[:]")
+def combine(g: Array, x: Array, vectors: Array, C: int, S: int, relu: bool, gx: Array) -> None:
     """Set gx = scale · g + slope · (x - high) + level, with g = 0 where y is not > 0, if `relu`."""
-    C = vectors.shape[1]
     if S > 1:
         for n in range(len(x) // (C * S)):
             for c in range(C):
