@@ -210,17 +210,17 @@ def combine(g: Array, x: Array, vectors: Array, C: int, S: int, relu: bool, gx: 
 
 @compiled()
 def _combine_run(g, x, high, scale, constant, slope, level, relu, gx):
+    zero = x.dtype.type(0)
     for i in range(len(x)):
         d = x[i] - high
-        gx[i] = slope * d + level
-        if not relu or d * scale + constant > 0:
-            gx[i] += scale * g[i]
+        passed = g[i] if not relu or d * scale + constant > 0 else zero
+        gx[i] = scale * passed + (slope * d + level)
 
 
 @compiled()
 def _combine_row(g, x, high, scale, constant, slope, level, relu, gx):
+    zero = x.dtype.type(0)
     for c in range(len(x)):
         d = x[c] - high[c]
-        gx[c] = slope[c] * d + level[c]
-        if not relu or d * scale[c] + constant[c] > 0:
-            gx[c] += scale[c] * g[c]
+        passed = g[c] if not relu or d * scale[c] + constant[c] > 0 else zero
+        gx[c] = scale[c] * passed + (slope[c] * d + level[c])
