@@ -3,12 +3,12 @@
 #   PYTHON=python3.12   the interpreter to build .venv with (3.11 or newer)
 #   ARGS="..."          passed on to what `train`, `test`, `mutants`, `soak` and `bench` run
 #   DEVICE=cuda         trains on a GPU
-#   BENCHMARKS="..."    the scripts that `bench` runs, instead of all of them
+#   BENCHMARKS="..."    what `bench` measures anew, e.g. "small_ops growth", instead of everything
 
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMPS := .venv/.stamps
-BENCHMARKS ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+BENCHMARKS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help train test mutants soak lint format bench docs clean distclean
@@ -40,10 +40,7 @@ format: $(STAMPS)/dev ## format the code and apply the safe fixes
 	$(PY) -m ruff format
 
 bench: $(STAMPS)/bench ## measure beside other libraries (installs PyTorch, which is large)
-	@for script in $(BENCHMARKS); do \
-	  echo "$(PY) $$script $(ARGS)"; \
-	  $(PY) "$$script" $(ARGS) || exit 1; \
-	done
+	$(PY) benchmarks/report.py --measure $(BENCHMARKS) $(ARGS)
 
 docs: $(STAMPS)/test ## run the examples in the documents, and say where these are
 	$(PY) -m pytest $(wildcard README.md docs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,15 +23,24 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 class Remote:
     """What `factory(*args)` returns, in a process started for it with `threads` threads.
 
+    environment: variables that are set for this process, beside those for the threads.
+
     `ask` calls a method there and returns its result; an exception there is a RuntimeError here. To
     be used in a `with` block, at whose end the process ends.
     """
 
-    def __init__(self, factory: Callable[..., Any], *args: Any, threads: int):
+    def __init__(
+        self,
+        factory: Callable[..., Any],
+        *args: Any,
+        threads: int,
+        environment: Mapping[str, str] | None = None,
+    ):
         context = multiprocessing.get_context("spawn")  # fork would copy this process's threads
         self._pipe, far_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(far_end, factory, args), daemon=True)
-        with _environment(dict.fromkeys(THREAD_VARIABLES, str(threads))):
+        variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
+        with _environment({**variables, **(environment or {})}):
             self._process.start()
         far_end.close()
         self._receive()

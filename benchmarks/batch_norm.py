@@ -1,9 +1,10 @@
-"""Batch norm alone, forward and backward apart, beside PyTorch eager.
+"""Batch norm alone, and with ReLU, forward and backward apart, beside PyTorch eager.
 
 Shapes of small and large networks in float32, channels first (NCHW) and last (NHWC; in PyTorch
 `memory_format=channels_last`). Forward is `F.batch_norm(..., training=True)` with weight, bias and
-running statistics; backward is `y.backward(g)`, with gradients for x, weight and bias. First it is
-checked that both give the same y, gradients and running statistics.
+running statistics; backward is `y.backward(g)`, with gradients for x, weight and bias. With ReLU it
+is `F.batch_norm_relu` here, and there `F.relu(F.batch_norm(...))`. First it is checked that both
+give the same y, gradients and running statistics.
 
 Reported: milliseconds as median [quartiles], and the ratio to PyTorch, turn by turn; below 1 we are
 faster. The summary is the geometric mean of the ratios of forward plus backward, and the worst one.
@@ -49,12 +50,16 @@ def draw(shape: Shape) -> dict[str, np.ndarray]:
 
 
 class BatchNorm(Contender):
-    """Both phases; a library fills in `start` and how batch norm is called."""
+    """Both phases; a library fills in `start` and how batch norm is called.
+
+    with_relu: whether ReLU follows.
+    """
 
     phases: ClassVar = ("forward", "backward")
 
-    def __init__(self, layout: str, shape: Shape, threads: int):
+    def __init__(self, layout: str, shape: Shape, with_relu: bool, threads: int):
         self.layout = layout
+        self.with_relu = with_relu
         self.start(threads, **draw(shape))
 
     def start(self, threads: int, **arrays: np.ndarray) -> None:
@@ -105,7 +110,8 @@ class TinygradBatchNorm(BatchNorm):
     def apply(self) -> Any:
         from tinygrad_bn import functional as F
 
-        return F.batch_norm(
+        function = F.batch_norm_relu if self.with_relu else F.batch_norm
+        return function(
             self.x,
             self.running_mean,
             self.running_var,
@@ -142,9 +148,10 @@ class TorchBatchNorm(BatchNorm):
     def apply(self) -> Any:
         from torch.nn import functional as F
 
-        return F.batch_norm(
+        y = F.batch_norm(
             self.x, self.running_mean, self.running_var, self.weight, self.bias, training=True
         )
+        return F.relu(y) if self.with_relu else y
 
 
 def check(ours: Remote, theirs: Remote) -> None:
@@ -158,10 +165,10 @@ def check(ours: Remote, theirs: Remote) -> None:
 
 
 def measure(
-    layout: str, shape: Shape, peers: list[str], options: argparse.Namespace
+    layout: str, shape: Shape, with_relu: bool, peers: list[str], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Return one row: milliseconds of each library and phase, and the ratios."""
-    arguments = (layout, shape, options.threads)
+    arguments = (layout, shape, with_relu, options.threads)
     with Remote(TinygradBatchNorm, *arguments, threads=options.threads) as ours:
         if not peers:
             turns = take_turns({"ours": ours}, plan(options, settle=2, count=3))
@@ -182,29 +189,39 @@ def measure(
     return row
 
 
-def main() -> None:
-    """Measure, print the table, write the JSON."""
-    options = parser(__doc__, rounds=20).parse_args()
-    report = open_report("batch_norm", options)
-    peers = present(["torch"])
-    cases = CASES[1:5:3] if options.quick else CASES
-    report["rows"] = rows = [measure(*case, peers, options) for case in cases]
-    print("\nMilliseconds in training, float32; ratio: ours / PyTorch")
-    for name in (*BatchNorm.phases, "both"):
-        columns = [key for key in rows[0] if key.startswith(f"{name}, ")]
+def show(name: str, rows: list[dict[str, Any]]) -> None:
+    """Print a table for each phase and one for both."""
+    print(f"\n{name}, milliseconds in training, float32; ratio: ours / PyTorch")
+    for phase in (*BatchNorm.phases, "both"):
+        columns = [key for key in rows[0] if key.startswith(f"{phase}, ")]
         print_table(
             ["layout", "shape", *columns],
             [[row["layout"], row["shape"], *(row[column] for column in columns)] for row in rows],
         )
-    if peers:
-        medians = [row["both, ratio"].median for row in rows]
-        report["geometric mean"] = statistics.geometric_mean(medians)
-        report["worst"] = max(medians)
-        print(
-            f"\nForward plus backward, ratios: geometric mean {report['geometric mean']:.2f}, "
-            f"worst {report['worst']:.2f}"
-        )
+
+
+def main() -> None:
+    """Measure, print the tables, write the JSON."""
+    options = parser(__doc__, rounds=30).parse_args()
+    report = open_report("batch_norm", options)
+    peers = present(["torch"])
+    for name, with_relu in (("batch norm", False), ("batch norm and ReLU", True)):
+        cases = CASES[1:5:3] if options.quick else CASES
+        rows = [measure(*case, with_relu, peers, options) for case in cases]
+        show(name, rows)
+        report[name] = {"rows": rows, **(summary(name, rows) if peers else {})}
     close_report(report, options)
+
+
+def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the geometric mean and the worst of the ratios of forward plus backward."""
+    medians = [row["both, ratio"].median for row in rows]
+    found = {"geometric mean": statistics.geometric_mean(medians), "worst": max(medians)}
+    print(
+        f"\nForward plus backward of {name}, ratios: geometric mean "
+        f"{found['geometric mean']:.2f}, worst {found['worst']:.2f}"
+    )
+    return found
 
 
 if __name__ == "__main__":
