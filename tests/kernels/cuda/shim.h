@@ -182,11 +182,18 @@ inline bool run(std::vector<Block>& blocks, bool backwards) {
   size_t alive = threads.size();
   while (alive > 0) {
     uint64_t before = events;
-    for (size_t i = 0; i < threads.size(); ++i) {
-      Thread& thread = threads[backwards ? threads.size() - 1 - i : i];
-      if (thread.done || (thread.awaited && *thread.awaited == thread.seen)) continue;
-      resume(&thread);
-      alive -= thread.done;
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      // A block goes on until it waits for another: blocks that should wait and do not show.
+      size_t each = blocks[b].threads;
+      for (uint64_t seen = events - 1; seen != events;) {
+        seen = events;
+        for (size_t i = 0; i < each; ++i) {
+          Thread& thread = threads[b * each + (backwards ? each - 1 - i : i)];
+          if (thread.done || (thread.awaited && *thread.awaited == thread.seen)) continue;
+          resume(&thread);
+          alive -= thread.done;
+        }
+      }
     }
     if (events == before) {
       for (Thread& thread : threads) thread.fiber->started &= thread.done;
