@@ -1,5 +1,6 @@
 """The functional face of batch norm: running statistics, arguments, errors."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -62,7 +63,7 @@ def test_a_weight_over_two_axes_follows_the_order_of_x():
     np.testing.assert_allclose(y, weight * F.batch_norm(x, training=True, axis=(1, 2)), atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 def test_the_dtype_of_x_is_kept_and_gradients_have_the_dtypes_of_their_inputs(dtype):
     x = tg.Tensor(draw((40, 3, 40), dtype=dtype), requires_grad=True)
     weight = tg.Tensor(np.ones(3, np.float32), requires_grad=True)

@@ -139,13 +139,35 @@ def test_an_empty_batch_says_nothing_about_the_statistics():
     assert bn.running_var.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_statistics_stay_float32_and_the_result_has_the_dtype_of_x(dtype):
     bn = nn.BatchNorm1d(3, dtype="float16")
     assert bn.running_mean.dtype == bn.running_var.dtype == bn.weight.dtype == np.float32
-    assert bn(batches((6, 3), 1)[0].astype(dtype)).dtype == np.dtype(dtype)
+    assert bn(tg.Tensor(batches((6, 3), 1)[0]).astype(dtype)).dtype.name == dtype
     assert bn.running_mean.dtype == np.float32
     assert nn.BatchNorm1d(3, dtype="float64").running_var.dtype == np.float64
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_network_in_half_precision_trains_evaluates_and_is_saved(dtype, tmp_path):
+    tg.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).astype(dtype)
+    x = tg.Tensor(batches((64, 4), 1)[0]).astype(dtype)
+    y = model(x)
+    y.backward(tg.Tensor(batches((64, 3), 1)[0]).astype(dtype))
+    assert y.dtype == model[0].weight.dtype == model[0].weight.grad.dtype == x.dtype
+    assert all(p.dtype == p.grad.dtype == np.float32 for p in model[1].parameters())
+    # The running statistics are those of what came in, to the digits of float32.
+    z = model[0](x).numpy().astype(np.float64)
+    np.testing.assert_allclose(model[1].running_mean.numpy(), 0.1 * z.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(
+        model[1].running_var.numpy(), 0.9 + 0.1 * z.var(axis=0, ddof=1), rtol=1e-6
+    )
+    nn.save(model, tmp_path / "model.safetensors")
+    again = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).astype(dtype)
+    again.load_state_dict(nn.load(tmp_path / "model.safetensors"))
+    out = model.eval()(x)
+    assert out.dtype == x.dtype and bool((again.eval()(x) == out).min())
 
 
 def test_several_axes_are_kept_in_the_order_of_x():

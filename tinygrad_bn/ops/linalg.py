@@ -27,7 +27,9 @@ def matmul(x: Any, y: Any) -> Any:
 
     x: (..., n, k) or (k,). y: (..., k, m) or (k,). Leading axes broadcast.
     """
-    return x @ y
+    out = x @ y
+    # NumPy has no product of bfloat16: it computes one in float32, and leaves it there.
+    return out.astype(x.dtype) if x.dtype == y.dtype != out.dtype else out
 
 
 def _transposed(x: Any) -> Any:
