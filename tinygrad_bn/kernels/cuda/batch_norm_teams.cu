@@ -119,8 +119,9 @@ struct BothCoefficients {
   Gradient gradient;
 };
 
-// A thread keeps the cotangent of y, behind the gate of RELU, and x.
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
+// A thread keeps the cotangent of y, behind the gate of RELU, and x. Bounds for three blocks: bfloat16
+// needs a few registers more than 128, and how many are resident is asked before the launch.
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 backward_teams(const E* g, const E* x, const E* out, E* gx, double* partials, void* coefficients,
                unsigned* arrived, const double* mean, const double* var, const void* weight,
                long long weight_kind, const void* bias, long long bias_kind, void* gweight,
