@@ -27,7 +27,7 @@ class Step:
 
     mean: np.ndarray
     var: np.ndarray
-    scales: tuple[np.ndarray, np.ndarray]
+    scales: tuple[np.ndarray, ...]
     counted: bool
 
     def require(
@@ -84,9 +84,9 @@ def sampled(
     zero = np.zeros(d.channels, WIDE)
     step = Step(zero, zero, (zero, zero), False)
     if steps:
-        n = len(steps)
-        sizes = tuple(sum(scales[name] for *_, scales in steps) for name in ("mean", "var"))
-        step = Step(sum(s[0] for s in steps) / n, sum(s[1] for s in steps) / n, sizes, True)
+        means, variances, scales = zip(*steps, strict=True)
+        sizes = tuple(np.sum([s[name] for s in scales], axis=0) for name in ("mean", "var"))
+        step = Step(np.mean(means, axis=0), np.mean(variances, axis=0), sizes, True)
     return _together(parts, [d.x[taken].shape for taken in rows]), step
 
 
@@ -97,13 +97,13 @@ def _together(parts: list[Expected], shapes: list[tuple[int, ...]]) -> Expected:
         wide = [np.broadcast_to(p.scales[name], s) for p, s in zip(parts, shapes, strict=True)]
         scales[name] = np.concatenate(wide)
     for name in ("gweight", "gbias"):
-        scales[name] = sum(p.scales[name] for p in parts)
+        scales[name] = np.sum([p.scales[name] for p in parts], axis=0)
     return replace(
         parts[0],
         y=np.concatenate([p.y for p in parts]),
         gx=np.concatenate([p.gx for p in parts]),
-        gweight=sum(p.gweight for p in parts),
-        gbias=sum(p.gbias for p in parts),
+        gweight=np.sum([p.gweight for p in parts], axis=0),
+        gbias=np.sum([p.gbias for p in parts], axis=0),
         scales=scales,
         ratio=np.max([p.ratio for p in parts], axis=0),
     )
