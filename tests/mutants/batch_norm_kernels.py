@@ -4,11 +4,10 @@ The kernels serve large arrays and cut them into blocks of cache size. Here smal
 too, in blocks to match, so that what is drawn has several blocks, cut rows and a tail.
 """
 
-from contextlib import contextmanager
-
 import numpy as np
 
 from tests.mutants.mutant import Mutant
+from tests.mutants.planting import replaced
 from tinygrad_bn import functional as F
 from tinygrad_bn.kernels.cpu import (
     channel_blocks,
@@ -25,19 +24,6 @@ _SMALL = (
     (channel_blocks, "WIDEST", 16),
     (threads, "num_threads", lambda: 2),
 )
-
-
-@contextmanager
-def replaced(*replacements):
-    """Replace attributes, given as (object, name, value), inside the `with` block."""
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
-    try:
-        for owner, name, value in replacements:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
 
 
 def small_blocks():

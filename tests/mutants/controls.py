@@ -7,11 +7,14 @@ from tests.mutants.batch_norm_kernels import small_blocks
 from tests.mutants.mutant import Mutant
 from tests.mutants.textbook import textbook
 from tests.mutants.textbook_samples import textbook_of_samples
+from tests.mutants.verifiers import as_layer
 from tinygrad_bn import functional as F
+from tinygrad_bn import nn
 
 CONTROLS = (
     Mutant("F.batch_norm", F.batch_norm),
     Mutant("the kernels in small blocks", F.batch_norm, planted=small_blocks),
     Mutant("the textbook", textbook()),
     Mutant("the textbook with masks and ghost batches", textbook_of_samples()),
+    Mutant("nn.BatchNorm", nn.BatchNorm, as_layer),
 )

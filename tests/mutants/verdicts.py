@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tests.mutants import batch_norm, ops
 from tests.mutants.batch_norm_samples import SAMPLES
 from tests.mutants.controls import CONTROLS
+from tests.mutants.layers import LAYERS
 from tests.mutants.mutant import Mutant
 from tinygrad_bn import testing
 
@@ -20,6 +21,7 @@ EXAMPLES = 200
 FAMILIES: dict[str, Sequence[Mutant]] = {
     "batch norm": batch_norm.MUTANTS,
     "masks and ghost batches": SAMPLES,
+    "layers": LAYERS,
     "ops": ops.MUTANTS,
 }
 

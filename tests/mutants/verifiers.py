@@ -6,6 +6,7 @@ for a simpler failing input, since only the verdict matters here.
 
 from tinygrad_bn import testing
 from tinygrad_bn.op import REGISTRY
+from tinygrad_bn.testing.machines import BatchNormLayerMachine, run_machine
 from tinygrad_bn.testing.strategies import op_inputs
 
 
@@ -28,3 +29,13 @@ def as_op(name):
         )
 
     return verify
+
+
+def as_layer(candidate, max_examples, seed):
+    """Verify anything that is made and used as `nn.BatchNorm` is, over whole lives of it."""
+
+    class Layer(BatchNormLayerMachine):
+        def make_layer(self, num_features, **options):
+            return candidate(num_features, **options)
+
+    run_machine(Layer, max_examples=max_examples, seed=seed, shrink=False)

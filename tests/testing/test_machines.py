@@ -14,9 +14,11 @@ from tinygrad_bn.op import Op
 from tinygrad_bn.tape import Node, new_tensor
 from tinygrad_bn.testing import GradCheckError
 from tinygrad_bn.testing.machines import (
+    BatchNormLayerMachine,
     BatchNormMachine,
     GradModeMachine,
     GraphLifetimeMachine,
+    run_machine,
 )
 
 #: The same runs every time, and none of them shrunk: whether a fault is found is the question.
@@ -36,7 +38,9 @@ def caught(machine, match=None):
 
 
 @pytest.mark.parametrize(
-    "machine", [BatchNormMachine, GraphLifetimeMachine, GradModeMachine], ids=lambda m: m.__name__
+    "machine",
+    [BatchNormMachine, BatchNormLayerMachine, GraphLifetimeMachine, GradModeMachine],
+    ids=lambda m: m.__name__,
 )
 def test_the_library_passes(machine):
     run_state_machine_as_test(machine, settings=settings(FIXED, max_examples=30))
@@ -494,3 +498,24 @@ def test_the_machine_starts_from_the_mode_there_is():
     with tg.no_grad():
         run_state_machine_as_test(GradModeMachine, settings=settings(FIXED, max_examples=5))
         assert not tg.is_grad_enabled()
+
+
+# --- running a machine ---------------------------------------------------------------------------
+
+
+def test_a_run_says_which_machine_failed_after_how_many_runs_and_by_which_steps():
+    with pytest.raises(GradCheckError) as caught:
+        run_machine(machine_of(CounterNotMoved), seed=0)
+    error = caught.value
+    assert error.check == "Machine" and 1 <= error.examples <= 200 and error.seed == 0
+    assert "num_batches_tracked is 0, expected 1" in str(error)
+    assert any("state.forward(" in note for note in error.__notes__)
+
+
+def test_the_same_seed_makes_the_same_runs():
+    found = []
+    for _ in range(2):
+        with pytest.raises(GradCheckError) as caught:
+            run_machine(machine_of(MomentumSwapped), seed=4, shrink=False)
+        found.append((caught.value.examples, str(caught.value)))
+    assert found[0] == found[1]

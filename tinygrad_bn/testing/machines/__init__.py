@@ -24,7 +24,15 @@ except ModuleNotFoundError as error:
     ) from error
 
 from tinygrad_bn.testing.machines.batch_norm import BatchNormMachine
+from tinygrad_bn.testing.machines.batch_norm_layer import BatchNormLayerMachine
 from tinygrad_bn.testing.machines.grad_mode import GradModeMachine
 from tinygrad_bn.testing.machines.graph_lifetime import GraphLifetimeMachine
+from tinygrad_bn.testing.machines.running import run_machine
 
-__all__ = ["BatchNormMachine", "GradModeMachine", "GraphLifetimeMachine"]
+__all__ = [
+    "BatchNormLayerMachine",
+    "BatchNormMachine",
+    "GradModeMachine",
+    "GraphLifetimeMachine",
+    "run_machine",
+]
