@@ -281,3 +281,20 @@ def test_a_gradient_of_zeros_among_others_is_reported_and_a_lost_one_is_found():
     assert check_grad(lambda x, w, b: x * b + sign(w), x, w, b).vacuous == ("input 1 ('w')",)
     with pytest.raises(GradCheckError, match="zero or was never propagated"):
         check_grad(affine(lambda g, x: g * 0), x, w, b)
+
+
+# --- inputs at the edge --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check", [check_grad, check_double_grad])
+def test_empty_inputs_pass(check):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(lambda x, y: (x * x).sum() + y, np.zeros((0, 3)), np.ones(2))
+
+
+@pytest.mark.parametrize("size", [1e150, 1e-150])
+def test_numbers_whose_squares_leave_float64_are_judged_or_rejected(size):
+    x = size * np.array([1.0, -2.0])
+    with suppress(Inconclusive):
+        check_grad(lambda t: t * t, x)

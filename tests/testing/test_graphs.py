@@ -83,7 +83,7 @@ def traits(graph):
 def test_graphs_have_everything_that_an_engine_may_stumble_over():
     seen, ops = Counter(), Counter()
 
-    @settings(FIXED, max_examples=300)
+    @settings(FIXED, max_examples=600)
     @given(graphs())
     def run(graph):
         seen.update(traits(graph))
@@ -99,8 +99,9 @@ def test_graphs_have_everything_that_an_engine_may_stumble_over():
         for name, op in REGISTRY.items()
         if op.differentiable and op.domain and op.__module__.startswith("tinygrad_bn.")
     }
-    # Each is in one graph of fifty or more, so hardly any is missing from 300.
-    assert len(differentiable - set(ops)) <= 3
+    # There are some sixty, and those that broadcast come four times as often as the rest.
+    missing = differentiable - set(ops)
+    assert len(missing) <= 3, (missing, len(differentiable))
 
 
 def test_graphs_of_a_users_op():

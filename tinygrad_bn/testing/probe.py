@@ -99,7 +99,7 @@ class Probe:
         """Return that, and the root mean square of the entries."""
         if i not in self._scales:
             x = self.problem.inputs[i]
-            deviation, size = _norm([x - x.mean()]), _norm([x])
+            deviation, size = (_norm([x - x.mean()]), _norm([x])) if x.size else (0.0, 0.0)
             deviation, size = (s / math.sqrt(max(x.size, 1)) for s in (deviation, size))
             scale = next((s for s in (deviation, size) if s > 0 and math.isfinite(s)), 1.0)
             self._scales[i] = scale, size
@@ -245,11 +245,12 @@ class Probe:
         """Return the deviation of L when input `i` is nudged, from eight samples."""
         if i not in self._noise:
             arrays = list(self.problem.inputs)
-            total = 0.0
+            rises = []
             for near in nudges(arrays[i], np.random.default_rng(self.seed + 1), 8):
                 arrays[i] = near
-                total += self._rise(arrays) ** 2
-            self._noise[i] = math.sqrt(total / 8) if math.isfinite(total) else 0.0
+                rises.append(self._rise(arrays))
+            # hypot, as the square of a large number overflows and raises.
+            self._noise[i] = _finite(math.hypot(*rises) / math.sqrt(8))
         return self._noise[i]
 
     def _analytic_noise(self, line: _Line) -> float:
