@@ -106,9 +106,12 @@ def twice(candidate: Candidate, d: Any) -> None:
     y = candidate(x, state, weight, bias, **options)
     z = candidate(x, state, weight, bias, **options)
     (y * Tensor(d.cotangent) + z * Tensor(other)).sum().backward()
-    # The backward is linear, so that of the sum is the sum of both; but rounded twice.
+    # The backward is linear, so that of the sum is the sum of both; but each is rounded by itself,
+    # and where the cotangents cancel the sum is far smaller than what was rounded.
     both = d.cotangent.astype(WIDE) + other
-    right = want(replace(d, cotangent=both))
+    uses = [want(d).scales, want(replace(d, cotangent=other)).scales]
+    scales = {name: uses[0][name] + uses[1][name] for name in uses[0]}
+    right = replace(want(replace(d, cotangent=both)), scales=scales)
     for name, t in zip(("gx", "gweight", "gbias"), inputs, strict=True):
         if t is not None:
             if t.grad is None:

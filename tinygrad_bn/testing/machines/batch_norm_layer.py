@@ -314,6 +314,8 @@ class BatchNormLayerMachine(RuleBasedStateMachine):
         for convention in rng.permutation(sorted(CONVENTIONS))[:3]:
             self._convert(str(convention), int(rng.integers(2, 40)))
             self.layer_has_the_state_of_the_model()
+            self._forward(True, seed)  # which shows what momentum has become
+            self.layer_has_the_state_of_the_model()
 
     def _convert(self, convention: str, m: int) -> None:
         self.layer.convert(convention, count=m)
