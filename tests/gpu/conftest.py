@@ -1,0 +1,63 @@
+"""The tests of this folder run on a GPU, or, to try out the tests themselves, on the stand-in.
+
+    pytest --require-gpu -m gpu                              on a machine with a GPU
+    TINYGRAD_BN_STAND_IN=1 pytest --require-gpu tests/gpu    anywhere
+
+All are marked `gpu`. Those that need a second GPU, or what only CUDA has, say so when they are
+skipped.
+"""
+
+import os
+
+import pytest
+
+import tinygrad_bn as tg
+from tinygrad_bn.backend import cuda, kernels
+from tinygrad_bn.testing.backends import RunsOn
+
+STAND_IN = os.environ.get("TINYGRAD_BN_STAND_IN") == "1"
+
+if STAND_IN:
+    from tests.backend.strict_array import strict_backend
+    from tinygrad_bn.backend import register_backend
+
+    register_backend(strict_backend)
+    cuda.unavailable_because = lambda: None
+    cuda._registered = lambda: strict_backend
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "/tests/gpu/" in item.path.as_posix():
+            item.add_marker(pytest.mark.gpu)
+
+
+def pytest_generate_tests(metafunc):
+    """Run what takes `on_gpu` with the generic forms and with the fused kernels."""
+    if "on_gpu" in metafunc.fixturenames:
+        metafunc.parametrize("on_gpu", ["generic", "cuda"], indirect=True)
+
+
+@pytest.fixture
+def on_gpu(request):
+    """Return the GPU as the kit's `RunsOn`, with its kernel family in force."""
+    on = RunsOn("cuda", request.param)
+    # Kernels are asked first and may decline: then the generic form serves, as for users.
+    with tg.default_device("cuda"), kernels.use_kernels(request.param):
+        yield on
+
+
+@pytest.fixture
+def second_gpu():
+    """Return the name of the second GPU; skip where there is none."""
+    if cuda.devices().count() < 2:
+        pytest.skip("needs a second GPU")
+    return "cuda:1"
+
+
+@pytest.fixture
+def cupy():
+    """Return CuPy; skip on the stand-in."""
+    if STAND_IN:
+        pytest.skip("needs CUDA itself, not the stand-in")
+    return cuda._registered().xp
