@@ -7,7 +7,8 @@ instructions:
     S > 1   along a channel's S values, with its numbers in registers
     S = 1   along the C channels, with their numbers in rows beside them
 
-Vectors, and rows of sums, may be longer than C. Sums are kept in float64, also those of float32: beside reading the memory, widening costs nothing.
+Vectors, and rows of sums, may be longer than C. Sums are kept in float64, also those of float32:
+beside reading the memory, widening costs nothing.
 """
 
 from __future__ import annotations

@@ -228,7 +228,8 @@ class BatchNormLayerMachine(RuleBasedStateMachine):
         state |= {name: np.ones(channels) for name in _RUNNING if state[name] is None}
         options = {"training": True, "momentum": 0.0, "eps": self.eps, "axis": self.axis}
         x, g = x.astype(dtype), g.astype(dtype)
-        return BatchNormInputs(x=x, cotangent=g, **state, **options), frequency
+        drawn: Any = {**state, **options}
+        return BatchNormInputs(x=x, cotangent=g, **drawn), frequency
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data(), keep=st.booleans())
