@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tinygrad_bn.autograd import grad
-from tinygrad_bn.backend import saving
+from tinygrad_bn.backend import array_module, saving
 from tinygrad_bn.domain import Domain, Real, case
 from tinygrad_bn.grad_mode import enable_grad
 from tinygrad_bn.op import op
@@ -56,6 +56,12 @@ def _place_of_its_own(x: Any, needed: bool) -> Any:
     tensor = new_tensor(x)
     tensor.requires_grad = needed
     return tensor
+
+
+def _zeros_like(x: Any) -> Any:
+    if isinstance(x, TensorBase):
+        return new_tensor(array_module(x.data).zeros_like(x.data))
+    return array_module(x).zeros_like(x)
 
 
 # --- batch norm and ReLU -------------------------------------------------------------------------
@@ -119,7 +125,6 @@ batch_norm_relu.use_kernels(
 def _conv_block(
     x: Any,
     kernel: Any,
-    offset: Any,
     weight: Any,
     bias: Any,
     eps: float,
@@ -129,7 +134,7 @@ def _conv_block(
     pool: Pair | None,
     layout: str,
 ) -> Any:
-    y = conv2d(x, kernel, offset, stride=stride, padding=padding, dilation=dilation, layout=layout)
+    y = conv2d(x, kernel, stride=stride, padding=padding, dilation=dilation, layout=layout)
     y, found = _norm_relu(y, weight, bias, None, (LAYOUTS[layout][3],), eps)
     return y if pool is None else max_pool2d(y, kernel_size=pool, layout=layout), found
 
@@ -167,17 +172,19 @@ def conv_block(
 ) -> Any:
     """Return max_pool2d(relu(batch_norm(conv2d(x, kernel) + offset))), in the dtype of x.
 
-    kernel, offset: weight and bias of the convolution (of one group), as `conv2d` takes them.
+    kernel, offset: weight and bias of the convolution (of one group), as `conv2d` takes them. What
+        is added to all of a channel is taken off again with its mean: offset enters `mean` alone,
+        and its gradient is 0.
     weight, bias: gammas and betas of the norm, whose channels are those of `layout`.
     pool: the size of the pool's windows, which stand side by side; None for no pool.
 
     Residuals: `mean`, `var` and `count` as of `batch_norm`, of what the convolution gives; `kept`,
     what a kernel keeps for itself.
     """
-    out, found = _conv_block(
-        x, kernel, offset, weight, bias, eps, stride, padding, dilation, pool, layout
-    )
-    return saving(out, mean=found["mean"], var=found["var"], count=found["count"], kept=None)
+    out, found = _conv_block(x, kernel, weight, bias, eps, stride, padding, dilation, pool, layout)
+    mean = found["mean"]
+    mean = mean if offset is None else mean + offset.reshape(mean.shape)
+    return saving(out, mean=mean, var=found["var"], count=found["count"], kept=None)
 
 
 @conv_block.def_vjp
@@ -198,12 +205,12 @@ def _(
     layout: str,
     needs: tuple[bool, ...],
 ) -> Any:
-    def chain(x: Any, kernel: Any, offset: Any, weight: Any, bias: Any) -> Any:
-        return _conv_block(
-            x, kernel, offset, weight, bias, eps, stride, padding, dilation, pool, layout
-        )[0]
+    def chain(x: Any, kernel: Any, weight: Any, bias: Any) -> Any:
+        return _conv_block(x, kernel, weight, bias, eps, stride, padding, dilation, pool, layout)[0]
 
-    return differentiate(chain, (x, kernel, offset, weight, bias), g, needs)
+    others = (*needs[:2], *needs[3:])
+    gx, gkernel, gweight, gbias = differentiate(chain, (x, kernel, weight, bias), g, others)
+    return gx, gkernel, _zeros_like(offset) if needs[2] else None, gweight, gbias
 
 
 conv_block.use_kernels(numba="tinygrad_bn.kernels.cpu.numba_conv_block")
