@@ -37,6 +37,7 @@ _CASES: tuple[tuple[Shape, Shape, dict[str, Any]], ...] = (
     ((1, 6, 7, 2), (2, 2, 2, 3), {"stride": (2, 3), "padding": (0, 2), "layout": "NHWC"}),
     ((1, 2, 7, 6), (2, 2, 2, 3), {"dilation": (3, 2), "padding": (1, 0)}),
     ((2, 4, 5, 4), (6, 2, 2, 2), {"groups": 2}),
+    ((1, 4, 3, 6), (4, 3, 2, 1), {"groups": 2, "layout": "NHWC"}),
     ((2, 4, 5, 3), (3, 1, 2, 2), {"groups": 3, "layout": "NHWC", "padding": 1, "stride": 3}),
 )
 

@@ -70,7 +70,7 @@ CHECKS = (
     Check("differences", modes.differences, 8, _TAME),
     Check("second order", modes.second_order, 14, _SECOND),
     Check("masked second order", samples.second_order, 6, _SECOND, ("mask",)),
-    Check("layouts", modes.layouts, 8, _TAME),
+    Check("layouts", modes.layouts, 14, _TAME),
 )
 
 #: Examples of each check in the first round, so that each has its say early.
