@@ -235,5 +235,13 @@ def _(g: Any, view: Windows, count_include_pad: bool) -> Any:
     return (gy,)
 
 
-max_pool2d.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_pooling")
-scatter_windows.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_scatter_windows")
+max_pool2d.use_kernels(
+    numpy="tinygrad_bn.kernels.cpu.numpy_pooling",
+    cuda="tinygrad_bn.kernels.cuda.max_pool",
+)
+scatter_windows.use_kernels(
+    numpy="tinygrad_bn.kernels.cpu.numpy_scatter_windows",
+    cuda="tinygrad_bn.kernels.cuda.scatter_windows",
+)
+avg_pool2d.use_kernels(cuda="tinygrad_bn.kernels.cuda.avg_pool")
+avg_pool2d_input_grad.use_kernels(cuda="tinygrad_bn.kernels.cuda.avg_pool_input_grad")

@@ -19,3 +19,13 @@ def small(request):
     runtime = shim.ShimRuntime(backwards=backwards)
     with shim.small_tiles(teams), shim.on_cuda_kernels(runtime):
         yield runtime
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["forwards", "backwards"])
+def served(request):
+    """Have ops on NumPy arrays served by CUDA kernels, the first or the last thread of a block
+    being the first to run."""
+    if shim.missing() is not None:
+        pytest.skip(shim.missing())
+    with shim.on_cuda_kernels(shim.ShimRuntime(backwards=request.param)) as runtime:
+        yield runtime

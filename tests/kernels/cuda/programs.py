@@ -19,10 +19,19 @@ def batch_norm(threads, with_single):
             }
 
 
+ELEMENTS = ("float", "Half", "BFloat16", "double")
+
+
+def pooling():
+    for element, index in product(ELEMENTS, ("unsigned", "unsigned long long")):
+        yield {"ELEMENT": element, "INDEX": index, "THREADS": 256}
+
+
 #: File -> the definitions it is compiled with.
 PROGRAMS = {
     "batch_norm.cu": list(batch_norm(256, with_single=True)),
     "batch_norm_teams.cu": list(batch_norm(128, with_single=False)),
+    "pooling.cu": list(pooling()),
 }
 
 
