@@ -232,6 +232,15 @@ conv2d_weight_grad.def_vjp(
     y=lambda g, x, view: convolve(x, g, view),
 )
 
-conv2d.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_convolution")
-conv2d_input_grad.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_convolution_input_grad")
-conv2d_weight_grad.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_convolution_weight_grad")
+conv2d.use_kernels(
+    numpy="tinygrad_bn.kernels.cpu.numpy_convolution",
+    cuda="tinygrad_bn.kernels.cuda.convolution",
+)
+conv2d_input_grad.use_kernels(
+    numpy="tinygrad_bn.kernels.cpu.numpy_convolution_input_grad",
+    cuda="tinygrad_bn.kernels.cuda.convolution_input_grad",
+)
+conv2d_weight_grad.use_kernels(
+    numpy="tinygrad_bn.kernels.cpu.numpy_convolution_weight_grad",
+    cuda="tinygrad_bn.kernels.cuda.convolution_weight_grad",
+)

@@ -3,6 +3,7 @@
 from itertools import product
 
 from tinygrad_bn.kernels.cuda import launch
+from tinygrad_bn.kernels.cuda.convolutions import block_for
 
 
 def batch_norm(threads, with_single):
@@ -27,10 +28,26 @@ def pooling():
         yield {"ELEMENT": element, "INDEX": index, "THREADS": 256}
 
 
+def convolution():
+    """Yield the blocks of 1 to 64 output channels that come up, those of images and of weights."""
+    blocks = {block_for(channels)[:2] for channels in (1, 3, 8, 16, 20, 32, 50, 64)}
+    for (warps, outputs), element in product(sorted(blocks), ("float", "double")):
+        for taps, strided in ((1, 0), (1, 1), (2, 0)):
+            yield {
+                "ELEMENT": element,
+                "WARPS": warps,
+                "OUTPUTS": outputs,
+                "PIXELS": 4,
+                "TAPS": taps,
+                "STRIDED": strided,
+            }
+
+
 #: File -> the definitions it is compiled with.
 PROGRAMS = {
     "batch_norm.cu": list(batch_norm(256, with_single=True)),
     "batch_norm_teams.cu": list(batch_norm(128, with_single=False)),
+    "convolution.cu": list(convolution()),
     "pooling.cu": list(pooling()),
 }
 
