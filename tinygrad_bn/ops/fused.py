@@ -213,4 +213,7 @@ def _(
     return gx, gkernel, _zeros_like(offset) if needs[2] else None, gweight, gbias
 
 
-conv_block.use_kernels(numba="tinygrad_bn.kernels.cpu.numba_conv_block")
+conv_block.use_kernels(
+    numba="tinygrad_bn.kernels.cpu.numba_conv_block",
+    cuda="tinygrad_bn.kernels.cuda.conv_block",
+)

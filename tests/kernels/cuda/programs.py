@@ -43,11 +43,25 @@ def convolution():
             }
 
 
+def conv_block():
+    options = product(("float", "double"), (0, 1), ("unsigned", "unsigned long long"))
+    for element, columns, index in options:
+        yield {
+            "ELEMENT": element,
+            "VECTOR": 1,
+            "COLUMNS": columns,
+            "RELU": 1,
+            "INDEX": index,
+            "THREADS": 256,
+        }
+
+
 #: File -> the definitions it is compiled with.
 PROGRAMS = {
     "batch_norm.cu": list(batch_norm(256, with_single=True)),
     "batch_norm_teams.cu": list(batch_norm(128, with_single=False)),
     "convolution.cu": list(convolution()),
+    "conv_block.cu": list(conv_block()),
     "pooling.cu": list(pooling()),
 }
 

@@ -180,13 +180,20 @@ class Tiles(NamedTuple):
 
 
 def tiles_for(
-    view: View, arrays: tuple[Any, ...], masked: bool = False, relu: bool = False
+    view: View,
+    arrays: tuple[Any, ...],
+    masked: bool = False,
+    relu: bool = False,
+    program: launch.Program | None = None,
 ) -> Tiles | None:
-    """Return how to share out `arrays` in two launches; None if there are too many tiles."""
+    """Return how to share out `arrays` in two launches; None if there are too many tiles.
+
+    program: whose kernels are to be launched, if not those of batch_norm.cu.
+    """
     dtype = arrays[0].dtype
     loads = loads_for(view, arrays, masked)
     tile = loads.tile(view, WIDTH)
-    program = program_for("batch_norm.cu", dtype, loads, relu, THREADS)
+    program = program or program_for("batch_norm.cu", dtype, loads, relu, THREADS)
     teams = view.groups * -(-view.channels // tile)
     most = max(1, view.values * tile // loads.vector // VECTORS_PER_BLOCK)
     if loads.columns:

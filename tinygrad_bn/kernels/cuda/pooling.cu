@@ -1,19 +1,15 @@
 // Pools: the largest entry or the mean of every window, and what is their transpose.
 //
-// Images are (outer, rows, columns, inner), whichever the layout: for NCHW outer is N C and inner 1,
-// for NHWC outer is N and inner C. So both have one text, and the threads of a warp have neighbours
-// in memory in both.
-//
 // One thread makes one entry of what is written, from the few entries that it depends on: a pool
 // reads the entries of a window, its transpose the windows that an entry lies in. Nothing is added
 // to memory that another thread writes, so there are no atomics, and sums have one order, that of
 // the places in a window: the bits are those of the generic form. Windows that overlap read entries
 // again, which are in the cache by then. No shared memory.
 //
-// To be defined: ELEMENT; INDEX, "unsigned" where it can number every entry, since dividing 64 bits
-// costs several times as much, else "unsigned long long"; THREADS of a block.
+// To be defined: ELEMENT, and what images.cuh asks for.
 
 #include "common.cuh"
+#include "images.cuh"
 
 typedef ELEMENT E;
 typedef Arithmetic<E>::type Real;
@@ -26,32 +22,6 @@ struct Windows {
   int above, left;              // padding
   int out_rows, out_columns;    // how many windows there are
 };
-
-// Where entry `number` of an array (outer, rows, columns, inner) stands.
-struct Place {
-  INDEX outer, inner;
-  int row, column;
-
-  __device__ Place(INDEX number, int rows, int columns, INDEX width) {
-    INDEX pixel = width == 1 ? number : number / width;
-    inner = number - pixel * width;
-    INDEX line = pixel / (INDEX)columns;
-    column = (int)(pixel - line * (INDEX)columns);
-    outer = line / (INDEX)rows;
-    row = (int)(line - outer * (INDEX)rows);
-  }
-};
-
-__device__ __forceinline__ INDEX offset(INDEX outer, int row, int column, INDEX inner, int rows,
-                                        int columns, INDEX width) {
-  return ((outer * (INDEX)rows + (INDEX)row) * (INDEX)columns + (INDEX)column) * width + inner;
-}
-
-__device__ __forceinline__ bool mine(INDEX& number, long long count) {
-  long long wide = (long long)blockIdx.x * THREADS + threadIdx.x;
-  number = (INDEX)wide;
-  return wide < count;
-}
 
 __device__ __forceinline__ E rounded(Real value) {
   E element;
