@@ -216,7 +216,10 @@ def _(g: Any, out: Any) -> Any:
     return (where(out > 0, g, 0),)
 
 
-relu.use_kernels(numpy="tinygrad_bn.kernels.cpu.numpy_relu")
+relu.use_kernels(
+    numpy="tinygrad_bn.kernels.cpu.numpy_relu",
+    cuda="tinygrad_bn.kernels.cuda.relu",
+)
 
 
 @op(

@@ -235,3 +235,6 @@ def _(g: Any, logits: Any, target: Any, logs: Any, reduction: str, needs: Any) -
     if needs[0]:
         glogits = (exp(logs) * target.sum(axis=1, keepdims=True) - target) * g
     return (glogits, -logs * g if needs[1] else None)
+
+
+cross_entropy.use_kernels(cuda="tinygrad_bn.kernels.cuda.cross_entropy")

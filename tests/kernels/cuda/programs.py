@@ -56,13 +56,26 @@ def conv_block():
         }
 
 
+def cross_entropy():
+    for element, lanes in product(ELEMENTS, (1, 32)):
+        yield {"ELEMENT": element, "LANES": lanes, "THREADS": 256}
+
+
+def relu():
+    for element, size in zip(ELEMENTS, (4, 2, 2, 8), strict=True):
+        for vector in (16 // size, 1):
+            yield {"ELEMENT": element, "VECTOR": vector, "THREADS": 256}
+
+
 #: File -> the definitions it is compiled with.
 PROGRAMS = {
     "batch_norm.cu": list(batch_norm(256, with_single=True)),
     "batch_norm_teams.cu": list(batch_norm(128, with_single=False)),
     "convolution.cu": list(convolution()),
     "conv_block.cu": list(conv_block()),
+    "cross_entropy.cu": list(cross_entropy()),
     "pooling.cu": list(pooling()),
+    "relu.cu": list(relu()),
 }
 
 
