@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from tinygrad_bn.backend import array_module, saving
 from tinygrad_bn.kernels.cuda import channel_tiles, convolutions, images, launch
 from tinygrad_bn.kernels.cuda.batch_norm import AFFINE, given, parameters_served
-from tinygrad_bn.kernels.cuda.channel_tiles import View, tiles_for, view_of
+from tinygrad_bn.kernels.cuda.channel_tiles import tiles_for, view_of
 from tinygrad_bn.windows import Pair, Windows, convolution_windows, pool_windows
 
 #: Numbers of a channel's `Gradient`, and the largest window: one byte tells its entries, and NONE.
