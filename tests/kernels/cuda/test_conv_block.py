@@ -182,7 +182,7 @@ def test_second_derivatives_are_those_of_the_chain():
             y = conv_block(x, k, *rest, eps=1e-2, pool=2, **PLAIN)
             u = tg.tensor(np.random.default_rng(1).normal(size=y.shape))
             first = tg.grad(y, (x, k), u, create_graph=True)
-            return tg.grad(sum((f * f).sum() for f in first), (x, k, *rest[:2]))
+            return tg.grad(sum((f * f).sum() for f in first), (x, k, rest[1]))
 
     for served, defined in zip(second("cuda"), second("generic"), strict=True):
         scale = max(np.abs(defined.numpy()).max(), 1)
