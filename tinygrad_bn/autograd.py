@@ -179,11 +179,19 @@ def _walk(
             node.check()
             if several:
                 _carry_between_devices(node, g, needs, create_graph, pending)
-            else:
+            elif node.plan.joint or create_graph:
                 for i, h in node.plan.op.pull_back(node, g, needs, create_graph):
                     _add(pending, node.parents[i], h, node)
+            else:
+                # What `pull_back` does for one rule per input, without a list of what it found: in
+                # a chain of small ops every call of a function counts.
+                for i, pull in node.plan.pulls:
+                    if needs is None or needs[i]:
+                        h = pull(g, node.saved, needs)
+                        if h is not None:
+                            _add(pending, node.parents[i], h, node)
             if not retain_graph:
-                node.free()
+                node.saved, node.guards = None, ()
     # What is left has no node to pass it on: the leaves.
     found.update((leaf, g) for leaf, g in pending.items() if targets is None or leaf in targets)
 

@@ -19,6 +19,10 @@ def is_grad_enabled() -> bool:
     return _grad_enabled.get()
 
 
+#: The same for ops, which ask so often that a call of a Python function counts.
+grad_enabled = _grad_enabled.get
+
+
 class _GradMode:
     """Set grad mode for a `with` block, a decorated function or a decorated generator's steps.
 

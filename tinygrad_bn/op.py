@@ -47,7 +47,7 @@ from tinygrad_bn.backend import (
     saving,
 )
 from tinygrad_bn.domain import Domain
-from tinygrad_bn.grad_mode import is_grad_enabled
+from tinygrad_bn.grad_mode import grad_enabled
 from tinygrad_bn.rule import Plan, Rule
 from tinygrad_bn.tape import NEVER_WRITTEN, Node, Output, TensorBase, Version, new_tensor
 
@@ -169,7 +169,7 @@ class Op:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Return the output for arrays and Tensors given in order, and options by name."""
-        if len(args) == 2 and not (options or self.kernels or self.view) and is_grad_enabled():
+        if len(args) == 2 and not (options or self.kernels or self.view) and grad_enabled():
             return self._call_pair(*args)
         return self._call(args, options)[0]
 
@@ -263,7 +263,7 @@ class Op:
             out = tuple(map(_proper, out)) if type(out) is tuple else _proper(out)
         if not tensors:
             return out, residuals
-        if recording and self.differentiable and is_grad_enabled():
+        if recording and self.differentiable and grad_enabled():
             result = self.record(arrays, parents, versions, out, options, residuals)
         else:
             result = tuple(map(new_tensor, out)) if type(out) is tuple else new_tensor(out)
@@ -387,7 +387,7 @@ class Op:
         return None
 
     def _refuse_stale_view(self) -> None:
-        if is_grad_enabled():
+        if grad_enabled():
             raise RuntimeError(
                 f"{self.name}: an input is a view of memory that was since assigned values that "
                 f"require grad, of which the view knows nothing; take the view again, after the "

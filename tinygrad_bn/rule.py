@@ -69,6 +69,7 @@ class Plan:
     needs: for each flat input, whether it requires grad.
     wants: what is kept, by name.
     pulls: the rules as functions of `(g, saved, needs)`, with the input each is for (None: all).
+    joint: whether there is but one rule, for all inputs.
     pick: a function from `(*inputs, output)` to what is kept of them, if nothing else is kept.
     """
 
@@ -78,6 +79,7 @@ class Plan:
         self.needs = needs
         self.wants: Mapping[str, _Want] = {k: v for rule in rules for k, v in rule.wants.items()}
         self.pulls = [(rule.target, rule.taking_from(list(self.wants))) for rule in rules]
+        self.joint = any(rule.target is None for rule in rules)
         self.pick = _picker(self.wants.values())
         self._guarded = self.guarded(outputs=1)
 

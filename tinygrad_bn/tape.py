@@ -124,11 +124,6 @@ class Node:
                     f"changed in place after the forward; call backward first, or write to a copy"
                 )
 
-    def free(self) -> None:
-        """Let go of what was saved."""
-        self.saved = None
-        self.guards = ()
-
 
 class Output:
     """The place of one output of a Node that has several: it files its cotangent under its index.
