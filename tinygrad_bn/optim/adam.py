@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tinygrad_bn.backend import array_module
-from tinygrad_bn.optim.optimizer import Optimizer, Params, add_to, in_state_dtype
+from tinygrad_bn.optim.optimizer import Optimizer, Params, Ready, add_to, in_state_dtype
 
 
 class Adam(Optimizer):
@@ -35,6 +35,7 @@ class Adam(Optimizer):
     """
 
     slots = ("exp_avg", "exp_avg_sq")
+    kernels = {"cuda": "tinygrad_bn.kernels.cuda.adam"}
 
     def __init__(
         self,
@@ -79,16 +80,45 @@ class Adam(Optimizer):
         xp.multiply(g, g, out=change)
         change *= 1 - beta2
         square += change
-        same = id(options), state["step"]
         xp.sqrt(square, out=change)
-        root = self._number("root", change, lambda: math.sqrt(1 - beta2 ** state["step"]), *same)
+        rate, root = self._corrected(change, state, options)
         change /= root
         change += float(options["eps"])
         xp.divide(mean, change, out=change)
-        change *= self._number(
-            "step", change, lambda: -float(options["lr"]) / (1 - beta1 ** state["step"]), *same
-        )
+        change *= rate
         add_to(p, change)
+
+    def _corrected(self, like: Any, state: dict[str, Any], options: Mapping[str, Any]) -> Any:
+        """Return -lr / (1 - β₁ᵗ) and √(1 - β₂ᵗ), for arithmetic with the array `like`."""
+        beta1, beta2 = map(float, options["betas"])
+        same = id(options), state["step"]
+        return (
+            self._number(
+                "step", like, lambda: -float(options["lr"]) / (1 - beta1 ** state["step"]), *same
+            ),
+            self._number("root", like, lambda: math.sqrt(1 - beta2 ** state["step"]), *same),
+        )
+
+    def _update_many(self, kernel: Callable[..., None], some: Sequence[Ready]) -> None:
+        options, parameter, _, state = some[0]
+        like = parameter.data
+        for _, parameter, _, kept in some:
+            for name in self.slots:
+                if name not in kept:
+                    kept[name] = self._zeros(parameter.data)
+        shrink, decay = self._decay(like, options)
+        kernel(
+            [(p.data, g, kept["exp_avg"], kept["exp_avg_sq"]) for _, p, g, kept in some],
+            *self._corrected(like, state, options),
+            shrink,
+            betas=tuple(map(float, options["betas"])),
+            eps=float(options["eps"]),
+            decay=decay,
+        )
+
+    def _decay(self, like: Any, options: Mapping[str, Any]) -> tuple[Any, float]:
+        """Return what `_update_many` multiplies p by, and what of p it adds to g."""
+        return 1.0, float(options["weight_decay"])
 
 
 class AdamW(Adam):
@@ -105,6 +135,8 @@ class AdamW(Adam):
     0.75
     """
 
+    kernels = Adam.kernels
+
     def __init__(
         self,
         params: Params,
@@ -116,6 +148,10 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay)
 
     def _update(self, p: Any, g: Any, state: dict[str, Any], options: Mapping[str, Any]) -> None:
-        decay = float(options["weight_decay"])
-        p *= self._number("decay", p, lambda: 1 - float(options["lr"]) * decay, id(options))
+        p *= self._decay(p, options)[0]
         self._descend(p, in_state_dtype(g), state, options)
+
+    def _decay(self, like: Any, options: Mapping[str, Any]) -> tuple[Any, float]:
+        decay = float(options["weight_decay"])
+        kept = self._number("decay", like, lambda: 1 - float(options["lr"]) * decay, id(options))
+        return kept, 0.0

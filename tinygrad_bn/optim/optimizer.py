@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from tinygrad_bn.backend import array_module, cast, device_of, float32, placed
+from tinygrad_bn.backend import array_module, cast, device_of, float32, kernels, placed
 from tinygrad_bn.backend.creation import like
 from tinygrad_bn.backend.recording import CaptureError, each_time, must_stay, number, watching
 from tinygrad_bn.tape import TensorBase
 from tinygrad_bn.tensor import Tensor
 
 Params = Iterable[Any]  # of Tensors, or of groups: mappings with "params" and options
+#: Group, parameter, raw gradient and state of a parameter that is to be updated.
+Ready = tuple[dict[str, Any], Any, Any, dict[str, Any]]
 
 
 class Optimizer:
@@ -27,11 +29,15 @@ class Optimizer:
     may set an option between steps: `optimizer.param_groups[0]["lr"] = 0.1`, or `optimizer.lr`
     for all groups at once. Parameters without a gradient are passed over.
 
-    A subclass checks its options in `_check` and updates one parameter in `_update`.
+    A subclass checks its options in `_check` and updates one parameter in `_update`. Beside that it
+    may name modules of fused kernels, by family, in `kernels`: these have `served`, which says
+    whether a parameter can be updated, given its gradient and state, and `step`, which updates many
+    at once and which `_update_many` calls.
     """
 
     #: What `_update` keeps for each parameter: names of arrays of its shape.
     slots: ClassVar[tuple[str, ...]] = ()
+    kernels: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, params: Params, **defaults: Any):
         self.param_groups: list[dict[str, Any]] = []
@@ -112,7 +118,7 @@ class Optimizer:
         self._numbers = {}
         ready = list(self._ready())
         each_time(partial(self._begin, [state for *_, state in ready]))
-        for group, parameter, g, state in ready:
+        for group, parameter, g, state in self._without_the_served(ready):
             with placed(f"{self._name}.step", (parameter.data, g)):
                 self._update(parameter.data, g, state, group)
             parameter.note_write()
@@ -120,7 +126,35 @@ class Optimizer:
         if watch is not None and watch.recording:
             self._rely_on(watch)
 
-    def _ready(self) -> Iterator[tuple[dict[str, Any], Any, Any, dict[str, Any]]]:
+    def _without_the_served(self, ready: list[Ready]) -> list[Ready]:
+        """Update what a kernel serves, many parameters at once, and return the rest."""
+        # Not those of a base class whose `_update` is not the one in use.
+        owner = next(kind for kind in type(self).__mro__ if "_update" in vars(kind))
+        modules = vars(owner).get("kernels")
+        if not modules:
+            return ready
+        left: list[Ready] = []
+        together: dict[Any, list[Ready]] = {}
+        for one in ready:
+            group, parameter, g, state = one
+            p = parameter.data
+            kept = [state[name] for name in self.slots if name in state]
+            served = next(kernels.candidates(modules, "served", (p,)), None)
+            if served is None or not served(p, g, *kept):
+                left.append(one)
+                continue
+            # What one launch has in common: options, bias corrections, and whether there is state.
+            key = id(group), device_of(p), p.dtype, state["step"], len(kept)
+            together.setdefault(key, []).append(one)
+        for some in together.values():
+            arrays = [array for _, parameter, g, _ in some for array in (parameter.data, g)]
+            with placed(f"{self._name}.step", arrays):
+                self._update_many(next(kernels.candidates(modules, "step", arrays)), some)
+            for _, parameter, *_ in some:
+                parameter.note_write()
+        return left
+
+    def _ready(self) -> Iterator[Ready]:
         """Yield group, parameter, raw gradient and state of all that has a gradient."""
         watch: Any = watching()
         for group in self.param_groups:
@@ -163,6 +197,10 @@ class Optimizer:
 
     def _update(self, p: Any, g: Any, state: dict[str, Any], options: Mapping[str, Any]) -> None:
         """Update the raw parameter `p` in place from its raw gradient `g`, which stays as it is."""
+        raise NotImplementedError
+
+    def _update_many(self, kernel: Callable[..., None], some: Sequence[Ready]) -> None:
+        """Update parameters of one group, dtype and count of steps by a kernel's `step`."""
         raise NotImplementedError
 
     # --- saving ----------------------------------------------------------------------------------

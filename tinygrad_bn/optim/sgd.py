@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tinygrad_bn.backend import array_module
-from tinygrad_bn.optim.optimizer import Optimizer, Params, add_to, in_state_dtype
+from tinygrad_bn.optim.optimizer import Optimizer, Params, Ready, add_to, in_state_dtype
 
 
 class SGD(Optimizer):
@@ -34,6 +34,7 @@ class SGD(Optimizer):
     """
 
     slots = ("momentum_buffer",)
+    kernels = {"cuda": "tinygrad_bn.kernels.cuda.sgd"}
 
     def __init__(
         self,
@@ -75,3 +76,23 @@ class SGD(Optimizer):
         step = self._number("step", change, lambda: -float(options["lr"]), id(options))
         xp.multiply(g, step, out=change)
         add_to(p, change)
+
+    def _update_many(self, kernel: Callable[..., None], some: Sequence[Ready]) -> None:
+        options, momentum = some[0][0], float(some[0][0]["momentum"])
+        like = some[0][1].data
+        fresh = bool(momentum) and "momentum_buffer" not in some[0][3]
+        if fresh:
+            self._new_state()
+            for _, parameter, _, state in some:
+                state["momentum_buffer"] = array_module(like).empty_like(parameter.data)
+        kernel(
+            [
+                (parameter.data, g, *((state["momentum_buffer"],) if momentum else ()))
+                for _, parameter, g, state in some
+            ],
+            self._number("step", like, lambda: -float(options["lr"]), id(options)),
+            momentum=momentum,
+            decay=float(options["weight_decay"]),
+            nesterov=bool(options["nesterov"]),
+            fresh=fresh,
+        )

@@ -74,6 +74,9 @@ PROGRAMS = {
     "convolution.cu": list(convolution()),
     "conv_block.cu": list(conv_block()),
     "cross_entropy.cu": list(cross_entropy()),
+    "optimizers.cu": [
+        {"ELEMENT": element, "CHUNK": 4096, "THREADS": 256} for element in ("float", "double")
+    ],
     "pooling.cu": list(pooling()),
     "relu.cu": list(relu()),
 }
