@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from tinygrad_bn.backend import array_module
 from tinygrad_bn.optim.optimizer import Optimizer, Params, Ready, add_to, in_state_dtype
@@ -35,7 +35,7 @@ class Adam(Optimizer):
     """
 
     slots = ("exp_avg", "exp_avg_sq")
-    kernels = {"cuda": "tinygrad_bn.kernels.cuda.adam"}
+    kernels: ClassVar = {"cuda": "tinygrad_bn.kernels.cuda.adam"}
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class AdamW(Adam):
     0.75
     """
 
-    kernels = Adam.kernels
+    kernels: ClassVar = Adam.kernels
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from tinygrad_bn.backend import array_module
 from tinygrad_bn.optim.optimizer import Optimizer, Params, Ready, add_to, in_state_dtype
@@ -34,7 +34,7 @@ class SGD(Optimizer):
     """
 
     slots = ("momentum_buffer",)
-    kernels = {"cuda": "tinygrad_bn.kernels.cuda.sgd"}
+    kernels: ClassVar = {"cuda": "tinygrad_bn.kernels.cuda.sgd"}
 
     def __init__(
         self,
