@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from tinygrad_bn.kernels.cpu.compiled import compiled
 
 
@@ -30,6 +32,44 @@ def lay_out(images: Any, fields: Any, taps: Any, run: Any, columns: Any) -> None
                         for k in range(run):
                             target[k] = source[k]
                     pixel += 1
+
+
+@compiled("T[:, :], i8[:, :], i8[:], int, out T[:, :, :]")
+def lay_out_by_entry(images: Any, fields: Any, taps: Any, run: Any, columns: Any) -> None:
+    """Copy the windows of all pixels into columns (b, window, pixels): for short windows.
+
+    The pixels of a field's row look at entries that are a step apart. So each image is first dealt
+    out to as many rows as the step is long, in which these entries are neighbours.
+    """
+    step, size = fields[0, 5], images.shape[1]
+    dealt = np.empty((step, size // step + 1), images.dtype)
+    for n in range(len(images)):
+        image = images[n]
+        for q in range(step):
+            for m in range((size - q + step - 1) // step):
+                dealt[q, m] = image[m * step + q]
+        for t in range(len(taps) * run):
+            entries = columns[n, t]
+            for f in range(len(fields)):
+                pixel, rows, count, origin, row_step, column_step = fields[f]
+                start = origin + taps[t // run] + t % run
+                m, q = start // step, start % step
+                for i in range(rows):
+                    target = entries[pixel : pixel + count]
+                    if column_step == step:
+                        source = dealt[q, m : m + count]
+                        for j in range(count):
+                            target[j] = source[j]
+                    else:
+                        first = start + i * row_step
+                        for j in range(count):
+                            target[j] = image[first + j * column_step]
+                    pixel += count
+                    m += row_step // step
+                    q += row_step % step
+                    if q >= step:
+                        q -= step
+                        m += 1
 
 
 @compiled("T[:, :, :], i8[:, :], i8[:], int, out T[:, :]")

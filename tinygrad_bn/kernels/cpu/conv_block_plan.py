@@ -28,6 +28,8 @@ CHUNK_BYTES = 512 * 2**10
 LARGEST_IMAGE = 4 * CHUNK_BYTES
 # With fewer entries than this the Python around a chunk costs more than it saves.
 SMALLEST = 1 << 14
+# Runs of a window that are shorter than this cost more to find than to copy.
+SHORTEST_RUN = 8
 # Entries that vectors of one value per channel are repeated to, so that loops are long.
 WIDTH = 1024
 
@@ -53,6 +55,8 @@ class Plan:
     view: the convolution's windows. entries: how many pixels a pool's window covers (1 without
     pool). pooled: rows and columns of the result. pixels, plane: how many pixels the convolution
     has for an image; how many numbers the result has.
+    by_entry: whether windows are so short that each of their entries is laid out for all pixels,
+        not all entries for each pixel.
     geometry: the fields as an array, and (taps, run): a window is, in a flat image, `run` numbers
         at each distance in taps.
     """
@@ -75,6 +79,7 @@ class Plan:
         fields = np.array(list(_fields(view, kernel, self.pooled)), np.int64)
         self.geometry = (fields, np.array(taps, np.int64), run)
         self.window = len(taps) * run
+        self.by_entry = run < SHORTEST_RUN
         self.image_bytes = self.pixels * (self.window + outputs) * itemsize
         # A divisor of the pixels, so that an image is a whole number of such rows.
         group = max(1, WIDTH // outputs)

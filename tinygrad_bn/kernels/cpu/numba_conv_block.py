@@ -82,7 +82,7 @@ def forward(
 
 def _convolve(plan: Plan, x: Array, matrix: Array, middle: Array) -> tuple[Array, Array]:
     """Fill `middle` with the convolution; return mean and biased variance of each channel."""
-    lay_out, add_sums = loops.lay_out.of(x.dtype), loops.add_sums.of(x.dtype)
+    add_sums = loops.add_sums.of(x.dtype)
     shares = _Shares(plan, len(x))
     parts: list[Any] = [None] * shares.count
 
@@ -92,9 +92,7 @@ def _convolve(plan: Plan, x: Array, matrix: Array, middle: Array) -> tuple[Array
         sums = np.empty((2, plan.width), x.dtype)
         for images in shares.chunks(share):
             pixels = middle[images].reshape(-1, plan.pixels, plan.outputs)
-            columns = scratch("columns", (len(pixels), plan.pixels, plan.window), x.dtype)
-            lay_out(_padded(plan, x[images]), *plan.geometry, columns)
-            np.matmul(columns, matrix, out=pixels)
+            np.matmul(_windows(plan, x[images]), matrix, out=pixels)
             if shift is None:
                 # Within the data, so the sums do not cancel; a constant channel is its own mean.
                 shift = pixels[0].mean(axis=0, dtype=np.float64).astype(x.dtype)
@@ -257,7 +255,7 @@ def _through(
 ) -> tuple[Array | None, Array | None]:
     """Return the gradients of x and of the kernel, where they are needed."""
     dtype = x.dtype
-    combine, lay_out = loops.combine.of(dtype), loops.lay_out.of(dtype)
+    combine = loops.combine.of(dtype)
     matrix = np.ascontiguousarray(weight_matrix(kernel).T)
     wide = [plan.spread(v, dtype) for v in vectors]
     gx = memory.empty(x.shape, dtype) if needs[0] else None
@@ -270,11 +268,11 @@ def _through(
             gmiddle = scratch("gmiddle", (len(cotangents), plan.pixels * plan.outputs), dtype)
             combine(cotangents, places[images], middle[images], plan.entries, *wide, gmiddle)
             pixels = gmiddle.reshape(-1, plan.pixels, plan.outputs)
-            columns = scratch("columns", (len(pixels), plan.pixels, plan.window), dtype)
             if needs[1]:
-                lay_out(_padded(plan, x[images]), *plan.geometry, columns)
-                sums[share] += np.matmul(columns.transpose(0, 2, 1), pixels).sum(axis=0)
+                windows = _windows(plan, x[images])
+                sums[share] += np.matmul(windows.transpose(0, 2, 1), pixels).sum(axis=0)
             if gx is not None:
+                columns = scratch("columns", (len(pixels), plan.pixels, plan.window), dtype)
                 np.matmul(pixels, matrix, out=columns)
                 _add_back(plan, columns, gx[images])
 
@@ -307,6 +305,15 @@ class _Shares:
 
     def _first(self, share: int) -> int:
         return self.images * share // self.count
+
+
+def _windows(plan: Plan, x: Array) -> Array:
+    """Return the windows of images in either layout, (b, pixels, window), in scratch memory."""
+    size = (plan.window, plan.pixels) if plan.by_entry else (plan.pixels, plan.window)
+    columns = scratch("columns", (len(x), *size), x.dtype)
+    lay_out = loops.lay_out_by_entry if plan.by_entry else loops.lay_out
+    lay_out.of(x.dtype)(_padded(plan, x), *plan.geometry, columns)
+    return columns.transpose(0, 2, 1) if plan.by_entry else columns
 
 
 def _padded(plan: Plan, x: Array) -> Array:
