@@ -109,7 +109,7 @@ def add_sums(middle: Any, shift: Any, sums: Any) -> None:
 def pool(
     middle: Any, entries: Any, high: Any, scale: Any, constant: Any, places: Any, out: Any
 ) -> None:
-    """Set out to the largest (middle - high) scale + constant of each window, or 0; see `Loops`."""
+    """Set out to the largest (middle - high) scale + constant of each window, or to 0."""
     width, plane = len(high), out.shape[1]
     for n in range(len(out)):
         for start in range(0, plane, width):
@@ -117,7 +117,28 @@ def pool(
             won = places[n, start : start + len(best)]
             best[:] = 0
             won[:] = 0
-            for e in range(entries):
+            # Four at a time, best and won stay in registers: the windows of 2 by 2.
+            for e in range(0, entries - 3, 4):
+                first = e * plane + start
+                a = middle[n, first : first + len(best)]
+                b = middle[n, first + plane : first + plane + len(best)]
+                c = middle[n, first + 2 * plane : first + 2 * plane + len(best)]
+                d = middle[n, first + 3 * plane : first + 3 * plane + len(best)]
+                for j in range(len(best)):
+                    y, k = best[j], won[j]
+                    z = (a[j] - high[j]) * scale[j] + constant[j]
+                    k = e + 1 if z > y else k
+                    y = z if z > y else y
+                    z = (b[j] - high[j]) * scale[j] + constant[j]
+                    k = e + 2 if z > y else k
+                    y = z if z > y else y
+                    z = (c[j] - high[j]) * scale[j] + constant[j]
+                    k = e + 3 if z > y else k
+                    y = z if z > y else y
+                    z = (d[j] - high[j]) * scale[j] + constant[j]
+                    won[j] = e + 4 if z > y else k
+                    best[j] = z if z > y else y
+            for e in range(entries - entries % 4, entries):
                 values = middle[n, e * plane + start : e * plane + start + len(best)]
                 for j in range(len(best)):
                     z = (values[j] - high[j]) * scale[j] + constant[j]
