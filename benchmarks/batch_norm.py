@@ -156,12 +156,20 @@ class TorchBatchNorm(BatchNorm):
 
 def check(ours: Remote, theirs: Remote) -> None:
     """Raise AssertionError unless both compute the same."""
-    expected = theirs.ask("results")
-    for name, found in ours.ask("results").items():
+    found, expected = ours.ask("results"), theirs.ask("results")
+    # ReLU's kink: where rounding decides whether y is 0, the gradient goes with it, and so do the
+    # channel's sums.
+    on_the_kink = (found["y"] == 0) != (expected["y"] == 0)
+    assert on_the_kink.mean() < 1e-4
+    channels = on_the_kink.any(axis=tuple(i for i in range(on_the_kink.ndim) if i != 1))
+    for name in found:
         # Largest differences seen are 1e-6 of the largest entry; a sum over 10⁵ float32 terms in
         # another order accounts for some 1e-5.
         atol = 1e-4 * np.abs(expected[name]).max()
-        np.testing.assert_allclose(found, expected[name], rtol=0, atol=atol, err_msg=name)
+        apart = np.abs(found[name] - expected[name])
+        if name in ("gx", "gweight", "gbias"):
+            apart = np.where(on_the_kink if name == "gx" else channels, 0, apart)
+        np.testing.assert_array_less(apart, atol, err_msg=name)
 
 
 def measure(
