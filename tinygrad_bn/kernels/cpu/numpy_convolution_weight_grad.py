@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.kernels.cpu.columns import CHUNK_BYTES, Columns, chunks, pixels, serves
+from tinygrad_bn.kernels.cpu.columns import Columns, chunks, pixels, serves
 from tinygrad_bn.kernels.cpu.threads import num_threads, parallel, scratch
 from tinygrad_bn.windows import Windows
 
 Array = Any
 
+#: From this size of a product on, a chunk's images are joined to one.
+JOINED_BYTES = 64 * 2**10
 #: How many partial sums there are at most; they may take this many bytes together.
 PARTS, PART_BYTES = 16, 16 * 2**20
 
@@ -27,7 +29,7 @@ def forward(x: Array, y: Array, *, view: Windows) -> Any:
     entries = view.kernel[0] * view.kernel[1] * view.channels
     bytes_each = entries * outputs * x.dtype.itemsize
     # Where one image's product is itself large, a chunk's images are joined to one product.
-    join = bytes_each > CHUNK_BYTES // 8
+    join = bytes_each > JOINED_BYTES
     columns = Columns(x, view, by_pixel=join)
     tasks = chunks(view, columns.row_bytes() + (0 if join else -(-bytes_each // view.out[0])))
     # Each partial sum takes its own chunks in order, so the result does not depend on which thread

@@ -17,8 +17,9 @@ from tinygrad_bn.kernels.cpu.channel_blocks import dense_order
 
 Array = np.ndarray
 
-# Entries handled at a time: g, the output, the mask and the result stay in a 1 MiB L2 cache.
-PIECE = 1 << 15
+# Entries handled at a time: g, the output, the mask and the result stay in the last cache, and few
+# calls of NumPy are needed, between which threads wait for each other.
+PIECE = 1 << 18
 # Below this many entries one plain NumPy call is quicker than the threads.
 SMALLEST = 1 << 15
 

@@ -12,7 +12,7 @@ from tinygrad_bn.windows import Windows
 Array = Any
 
 #: What one chunk of images may take; the kernels hold half as much again in scratch.
-CHUNK_BYTES = 512 * 2**10
+CHUNK_BYTES = 2**20
 
 
 def planes(x: Array, view: Windows) -> Array:
