@@ -18,8 +18,8 @@ from tinygrad_bn.windows import Windows
 
 Array = Any
 
-#: What the scratch of one chunk may take, so that it stays in cache until it is multiplied. (Twice a
-#: core's L2 measured best: threads wait for each other in the Python between chunks.)
+#: What the scratch of one chunk may take, so that it stays in cache until it is multiplied. (Twice
+#: a core's L2 measured best: threads wait for each other in the Python between chunks.)
 CHUNK_BYTES = 2 * 2**20
 
 
