@@ -24,10 +24,11 @@ class Real:
 
 @dataclass(frozen=True)
 class Integer:
-    """An integer input with values in [low, high)."""
+    """An integer input with values in [low, high), in this dtype."""
 
     low: int
     high: int
+    dtype: str = "int64"
 
 
 @dataclass(frozen=True)

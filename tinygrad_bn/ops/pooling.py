@@ -104,7 +104,8 @@ def _(g: Any, places: Any, view: Windows) -> Any:
     return (scatter_windows(g, places, view=view),)
 
 
-_PLACED = (Real(), Integer(0, 2))  # every case has at least two places in a window
+# Every case has at least two places in a window, and few enough for this dtype.
+_PLACED = (Real(), Integer(0, 2, "uint8"))
 
 
 @op(domain=Domain(_PLACED, tuple(case(_out_shape(v), _out_shape(v), view=v) for v in _VIEWS)))

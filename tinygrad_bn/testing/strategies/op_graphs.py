@@ -254,7 +254,7 @@ class _Builder:
     def _add_leaf(self, kind: Real | Integer | Boolean, shape: Shape) -> int:
         rng = self._rng()
         if isinstance(kind, Integer):
-            array = np.asarray(rng.integers(kind.low, kind.high, shape))
+            array = np.asarray(rng.integers(kind.low, kind.high, shape), kind.dtype)
         elif isinstance(kind, Boolean):
             array = np.asarray(rng.random(shape) < 0.5)
         else:

@@ -86,7 +86,7 @@ def _draw_one(draw: st.DrawFn, kind: Real | Integer | Boolean, shape: Shape, dty
         return drawn * drawn.dtype.type(2.0**-10) if near else drawn
     rng = np.random.default_rng(draw(seeds()))
     if isinstance(kind, Integer):
-        return np.asarray(rng.integers(kind.low, kind.high, shape))
+        return np.asarray(rng.integers(kind.low, kind.high, shape), kind.dtype)
     return np.asarray(rng.random(shape) < 0.5)
 
 
