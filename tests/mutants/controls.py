@@ -3,6 +3,7 @@
 A kit that objects to one of these with some seed would "kill" every mutant with it.
 """
 
+from tests.mutants import ops_normalization, per_sample
 from tests.mutants.batch_norm_kernels import small_blocks
 from tests.mutants.mutant import Mutant
 from tests.mutants.textbook import textbook
@@ -17,4 +18,6 @@ CONTROLS = (
     Mutant("the textbook", textbook()),
     Mutant("the textbook with masks and ghost batches", textbook_of_samples()),
     Mutant("nn.BatchNorm", nn.BatchNorm, as_layer),
+    *ops_normalization.RIGHT,
+    *per_sample.RIGHT,
 )

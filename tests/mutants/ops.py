@@ -2,6 +2,8 @@
 
 from tests.mutants.ops_elementwise import ELEMENTWISE
 from tests.mutants.ops_networks import NETWORKS
+from tests.mutants.ops_normalization import NORMALIZATION
 from tests.mutants.ops_shape import SHAPES
+from tests.mutants.per_sample import PER_SAMPLE
 
-MUTANTS = [*ELEMENTWISE, *SHAPES, *NETWORKS]
+MUTANTS = [*ELEMENTWISE, *SHAPES, *NETWORKS, *NORMALIZATION, *PER_SAMPLE]

@@ -31,6 +31,25 @@ def as_op(name):
     return verify
 
 
+def against(reference, drawn_for):
+    """Return a verifier of functions of Tensors against `reference`, the same of NumPy arrays.
+
+    drawn_for: an op whose domain says what both are called with.
+    """
+
+    def verify(candidate, max_examples, seed):
+        testing.verify(
+            candidate,
+            op_inputs(drawn_for),
+            reference=reference,
+            max_examples=max_examples,
+            seed=seed,
+            shrink=False,
+        )
+
+    return verify
+
+
 def as_layer(candidate, max_examples, seed):
     """Verify anything that is made and used as `nn.BatchNorm` is, over whole lives of it."""
 
