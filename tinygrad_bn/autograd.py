@@ -27,6 +27,7 @@ from tinygrad_bn.backend import (
     as_array,
     copied,
     is_array,
+    is_view,
     placed,
     several_devices,
 )
@@ -320,7 +321,7 @@ def _own(g: Any, references: int) -> Any:
         return g.copy()  # pyrefly: ignore
     if type(g) not in ARRAY_TYPES:
         g = as_array(g)
-    elif references > _REFERENCES_OF_A_VARIABLE or g.base is not None:
+    elif references > _REFERENCES_OF_A_VARIABLE or is_view(g):
         g = copied(g)
     return new_tensor(g)
 

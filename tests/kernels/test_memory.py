@@ -6,6 +6,8 @@ import threading
 import numpy as np
 import pytest
 
+import tinygrad_bn as tg
+from tinygrad_bn.backend import is_view
 from tinygrad_bn.kernels.cpu import memory
 
 SHAPE = (300, 500)
@@ -93,3 +95,33 @@ def test_threads_never_share_an_array():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("hold_a_view", [False, True])
+def test_a_gradient_in_lent_memory_is_taken_over_unless_somebody_else_sees_it(hold_a_view):
+    seen = []
+
+    @tg.op
+    def same(x):
+        return x.copy()
+
+    @same.def_vjp
+    def _(g):
+        gx = memory.empty(SHAPE, np.float32)
+        gx[...] = g
+        seen.append(address(gx))
+        if hold_a_view:
+            seen.append(gx[1:])
+        return (gx,)
+
+    x = tg.zeros(SHAPE, requires_grad=True)
+    same(x).backward(tg.ones(SHAPE))
+    assert (address(x.grad.data) == seen[0]) != hold_a_view
+    assert (x.grad.data == 1).all()
+
+
+def test_a_view_of_lent_memory_is_a_view():
+    x = memory.empty(SHAPE, np.float32)
+    assert not is_view(x)
+    assert is_view(x[1:])
+    assert is_view(x.T)

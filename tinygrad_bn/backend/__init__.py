@@ -3,6 +3,7 @@
 from tinygrad_bn.backend.arrays import (
     ARRAY_TYPES,
     Backend,
+    LentMemory,
     array_module,
     array_repr,
     as_array,
@@ -10,6 +11,7 @@ from tinygrad_bn.backend.arrays import (
     check_numbers,
     converted,
     is_array,
+    is_view,
     register_backend,
     same_memory,
     to_numpy,
@@ -43,6 +45,7 @@ from tinygrad_bn.backend.residuals import saving
 __all__ = [
     "ARRAY_TYPES",
     "Backend",
+    "LentMemory",
     "accumulation_dtype",
     "array_module",
     "array_repr",
@@ -69,6 +72,7 @@ __all__ = [
     "int64",
     "is_array",
     "is_floating",
+    "is_view",
     "largest",
     "machine_epsilon",
     "manual_seed",

@@ -106,6 +106,18 @@ def as_array(value: object, *like: object) -> Array:
     return value if type(value) in ARRAY_TYPES else backend_of(value, *like).xp.asarray(value)
 
 
+class LentMemory:
+    """The owner of memory that a kernel lends to one array, whose `.base` it is.
+
+    Such an array is no view of another; views of it have the array itself as their base.
+    """
+
+
+def is_view(array: Array) -> bool:
+    """Return whether the memory of `array` belongs to another array, or to who knows whom."""
+    return array.base is not None and not isinstance(array.base, LentMemory)
+
+
 def same_memory(view: Array, of: Array) -> bool:
     """Return whether `view` was taken from the memory of `of` (both from one backend)."""
     base = getattr(view, "base", None)

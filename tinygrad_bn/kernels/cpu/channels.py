@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.kernels.cpu import threads
+from tinygrad_bn.kernels.cpu import memory, threads
 from tinygrad_bn.kernels.layout import inverse, memory_order
 
 Array = Any
@@ -67,7 +67,7 @@ class Channels:
 
     def empty(self, dtype: Any) -> Array:
         """Return a new array whose reshape to (groups, -1) is as `lay` gives them."""
-        return np.empty(self.sizes, dtype)
+        return memory.empty(self.sizes, dtype)
 
     def back(self, made: Array) -> Array:
         """Return what `empty` gave with its axes as they were."""

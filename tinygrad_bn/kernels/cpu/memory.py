@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_bn.backend import LentMemory
+
 # Smaller arrays are left to malloc, which keeps memory of their size at hand by itself.
 SMALLEST = 128 * 2**10
 # What waits for its next use at most, in bytes; more goes back to the system.
@@ -27,12 +29,15 @@ _waiting: dict[int, list[np.ndarray]] = {}
 _waiting_bytes = 0
 
 
-class _Block:
-    """The owner of one block of memory while arrays lie in it."""
+class _Block(LentMemory):
+    """The owner of one block of memory while an array, and views of it, lie in it."""
 
-    def __init__(self, memory: np.ndarray):
+    def __init__(self, memory: np.ndarray, shape: tuple[int, ...], dtype: np.dtype):
         self.memory = memory
-        self.__array_interface__ = memory.__array_interface__
+        place = memory.__array_interface__["data"]
+        self.__array_interface__ = {
+            "version": 3, "data": place, "shape": shape, "typestr": dtype.str
+        }  # fmt: skip
 
     def __del__(self) -> None:
         global _waiting_bytes
@@ -71,7 +76,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
             _waiting_bytes -= size
     if memory is None:
         memory = np.empty(size, np.uint8)
-    return np.asarray(_Block(memory))[:wanted].view(dtype).reshape(shape)
+    return np.asarray(_Block(memory, shape, dtype))
 
 
 def _forget() -> None:
