@@ -12,7 +12,15 @@ from importlib import import_module
 import pytest
 
 import tinygrad_bn.kernels.cpu as cpu
-from tests.ops.test_registry import DIFFERENTIABLE, FLOAT64, LIBRARY, TWICE, on_drawn_inputs
+from tests.ops.test_registry import (
+    DIFFERENTIABLE,
+    FLOAT64,
+    LIBRARY,
+    ROUND_TO_TIES,
+    TWICE,
+    by_its_rules_in_longdouble,
+    on_drawn_inputs,
+)
 from tinygrad_bn import testing
 from tinygrad_bn.backend import kernels
 from tinygrad_bn.testing import strategies as tgst
@@ -112,6 +120,18 @@ def test_dtypes_are_kept(name, answers):
 @EACH
 def test_memory_layout_does_not_matter(name, answers):
     on_drawn_inputs(LIBRARY[name], testing.check_layouts, tgst.dtypes())
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [pair for pair in SERVED if pair[0] not in ROUND_TO_TIES]
+)
+def test_float32_and_float16_agree_with_longdouble(name, answers):
+    on_drawn_inputs(LIBRARY[name], by_its_rules_in_longdouble, tgst.dtypes())
+
+
+@EACH
+def test_two_uses_add_up(name, answers):
+    on_drawn_inputs(LIBRARY[name], testing.check_accumulation, tgst.dtypes())
 
 
 @EACH

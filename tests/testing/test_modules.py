@@ -4,6 +4,8 @@ import pytest
 import tinygrad_bn as tg
 from tinygrad_bn import functional as F
 from tinygrad_bn import nn
+from tinygrad_bn.backend import kernels, saving
+from tinygrad_bn.kernels.cpu import numpy_batch_norm
 from tinygrad_bn.testing import GradCheckError, check_module
 
 X = np.random.default_rng(0).normal(size=(4, 3, 5, 5))
@@ -26,6 +28,25 @@ def test_right_modules_pass_and_are_left_as_they_were(module, x):
     assert module.training
     for key, value in module.state_dict().items():
         assert np.array_equal(value.numpy(), before[key])
+
+
+def test_a_module_that_draws_is_not_compared_between_backends_and_the_report_says_so():
+    notes = check_module(nn.Dropout(0.5), X).notes
+    assert "backends not compared in train: random numbers differ there" in notes
+    assert not any("eval:" in note for note in notes)
+
+
+def test_a_wrong_kernel_within_a_module_is_caught(monkeypatch):
+    monkeypatch.setattr(numpy_batch_norm, "SMALLEST", 1)
+    right = numpy_batch_norm.forward
+
+    def wrong(x, *args, **options):
+        found = right(x, *args, **options)
+        return saving(found.out * 1.001, **found.residuals)
+
+    monkeypatch.setattr(kernels, "_load", lambda module, kind: wrong if kind == "forward" else None)
+    with kernels.use_kernels("generic"), pytest.raises(GradCheckError, match="kernels 'numpy'"):
+        check_module(nn.BatchNorm2d(3), X)
 
 
 def test_a_shared_layer_counts_twice():

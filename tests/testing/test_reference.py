@@ -1,9 +1,19 @@
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from tests.testing.planted import RIGHT, SHAPES, WRONG, draw, made
+from tinygrad_bn.functional import batch_norm
 from tinygrad_bn.ops.elementwise import exp
-from tinygrad_bn.testing import GradCheckError, Inconclusive, check_reference, reference
+from tinygrad_bn.testing import (
+    GradCheckError,
+    Inconclusive,
+    batch_norm_reference,
+    check_reference,
+    reference,
+    verify,
+    verify_batch_norm,
+)
 
 DTYPES = ("float64", "float32", "float16")
 
@@ -71,7 +81,16 @@ def test_wrong_shape_is_caught():
         check_reference(lambda x: x.sum(), np.ones(3), reference=lambda a: a)
 
 
-def test_the_report_says_where_longdouble_is_float64(monkeypatch):
+def test_reports_say_where_longdouble_is_float64(monkeypatch):
     monkeypatch.setattr(reference, "WIDE", np.float64)
-    report = check_reference(exp, np.ones(3), reference=np.exp, gradients=False)
-    assert reference.NOT_WIDER in report.notes
+    monkeypatch.setattr(batch_norm_reference, "WIDE", np.float64)
+    x = np.linspace(0.5, 1.0, 3)
+    for report in (
+        check_reference(exp, x, reference=np.exp),
+        verify(exp, st.just(x), reference=np.exp, max_examples=12, seed=0),
+        verify_batch_norm(batch_norm, max_examples=40, seed=0),
+    ):
+        assert reference.NOT_WIDER in report.notes
+    # Nothing is measured against longdouble here.
+    unmeasured = verify(exp.__call__, st.just(x), max_examples=12, seed=0)
+    assert reference.NOT_WIDER not in unmeasured.notes

@@ -15,9 +15,6 @@ from tinygrad_bn import backend
 
 WIDE = np.longdouble
 
-#: Whether the reference has digits that float64 has not; on some platforms longdouble is float64.
-WIDER = bool(np.finfo(WIDE).eps < np.finfo(np.float64).eps)
-
 #: The share of its scale that an error may have, besides one rounding to the output's dtype.
 #: float32: the bar that the library sets itself, also where the mean is 10⁶ times the spread;
 #: statistics in float32 miss it by a factor of 1000 there. float64: some thousand roundings, for

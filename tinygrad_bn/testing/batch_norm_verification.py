@@ -11,8 +11,8 @@ from tinygrad_bn.testing import batch_norm_checks as checks
 from tinygrad_bn.testing import batch_norm_mode_checks as modes
 from tinygrad_bn.testing import batch_norm_sample_checks as samples
 from tinygrad_bn.testing.batch_norm_candidate import Candidate
-from tinygrad_bn.testing.batch_norm_reference import WIDER
 from tinygrad_bn.testing.errors import GradCheckError, Inconclusive
+from tinygrad_bn.testing.reference import wideness
 from tinygrad_bn.testing.report import Report
 from tinygrad_bn.testing.search import fresh_seed, search
 from tinygrad_bn.testing.verification import failure, tested
@@ -127,11 +127,10 @@ def verify_batch_norm(
                 f"every input was rejected, so nothing was checked. The last: {reason}"
             )
             raise failure(BY, subject.name, name, unseen, sum(tried.values()), seed)
-    notes = () if WIDER else ("longdouble is float64 here: the reference has no digits to spare",)
     return Report(
         BY,
         subject.name,
-        notes=notes,
+        notes=wideness(),
         examples=sum(tried.values()),
         checks=tuple(tried.items()),
         seed=seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from tinygrad_bn import backend
 from tinygrad_bn.grad_mode import no_grad
 from tinygrad_bn.tape import TensorBase
 from tinygrad_bn.testing.accumulation import check_accumulation
-from tinygrad_bn.testing.agreement import check_layouts
+from tinygrad_bn.testing.agreement import check_backends, check_layouts
 from tinygrad_bn.testing.errors import GradCheckError
 from tinygrad_bn.testing.functions import as_tuple, input_names, is_floating, raw_inputs, tensors
 from tinygrad_bn.testing.gradients import check_double_grad, check_grad
@@ -34,11 +34,12 @@ def check_module(
     seed: of the library's random generator, which is set again before every call.
 
     In each mode, as a function of its inputs and parameters: `check_grad`, `check_double_grad`,
-    `check_pure`, `check_dtypes`, `check_layouts`, `check_accumulation`. Besides: train() and eval()
-    reach every part and return the module; evaluation moves no buffer; the state dict holds every
-    parameter, and loading it into a changed copy makes that the same again, to the bit; a deepcopy
-    shares nothing with the original; zero_grad() clears every gradient. The module itself is left
-    as it was: all is done on copies.
+    `check_pure`, `check_dtypes`, `check_layouts`, `check_accumulation`, and `check_backends` unless
+    it draws random numbers, which are others on a GPU. Besides: train() and eval() reach every part
+    and return the module; evaluation moves no buffer; the state dict holds every parameter, and
+    loading it into a changed copy makes that the same again, to the bit; a deepcopy shares nothing
+    with the original; zero_grad() clears every gradient. The module itself is left as it was: all
+    is done on copies.
 
     Raises GradCheckError that says what does not hold, and in which mode.
 
@@ -56,6 +57,7 @@ def check_module(
     _require_apart(title, module, arrays, seed)
     comparisons: list[Any] = []
     vacuous: list[str] = []
+    notes = [f"modes {', '.join(modes)}", f"{len(parameters)} parameters, {len(buffers)} buffers"]
     for mode in modes:
         subject = copy.deepcopy(module).train(mode == "train")
         fn: Any = as_function(subject, len(arrays), seed)
@@ -76,20 +78,26 @@ def check_module(
         check_dtypes(fn, *everything, outputs=not buffers, seed=seed)
         check_layouts(fn, *everything, seed=seed)
         check_accumulation(fn, *everything, seed=seed)
+        if _draws(subject, arrays, seed):
+            notes.append(f"backends not compared in {mode}: random numbers differ there")
+        else:
+            check_backends(fn, *everything, seed=seed)
         if mode == "eval":
             _require_still(title, subject, arrays, seed)
-    notes = (f"modes {', '.join(modes)}", f"{len(parameters)} parameters, {len(buffers)} buffers")
-    return Report("check_module", title, tuple(comparisons), tuple(vacuous), notes)
+    return Report("check_module", title, tuple(comparisons), tuple(vacuous), tuple(notes))
 
 
 def as_function(module: Any, count: int, seed: int = 0) -> Callable[..., Any]:
     """Return `module` as a function of `count` inputs and then its parameters, in order.
 
-    Each call runs on a copy, so that buffers start from the same state every time.
+    Each call runs on a copy, so that buffers start from the same state every time, and where its
+    inputs are.
     """
 
     def fn(*values: Any) -> Any:
         subject = copy.deepcopy(module)
+        if (device := _device(values)) is not None:
+            subject.to(device)
         given = zip(subject.parameters(), values[count:], strict=True)
         # By identity: a parameter that several parts share is replaced in all of them.
         replaced = {id(p): value for p, value in given}
@@ -102,6 +110,17 @@ def as_function(module: Any, count: int, seed: int = 0) -> Callable[..., Any]:
         return subject(*values[:count])
 
     return fn
+
+
+def _device(values: Sequence[Any]) -> str | None:
+    """Return where the first array or Tensor of them is."""
+    return next((backend.device_of(_raw(v)) for v in values if v is not None), None)
+
+
+def _draws(module: Any, arrays: list[Any], seed: int) -> bool:
+    """Return whether the outputs depend on the random generator."""
+    one, other = (_outputs(copy.deepcopy(module), arrays, s) for s in (seed, seed + 1))
+    return any(a.tobytes() != b.tobytes() for a, b in zip(one, other, strict=True))
 
 
 def _outputs(module: Any, arrays: list[Any], seed: int) -> list[Any]:

@@ -90,10 +90,13 @@ def check_reference(
             own = own[len(got) :]
             _require_gradients(name, fn, run, arrays, wide, reference, gradient, ulps, own, seed)
     kinds = sorted({g.dtype.name for g in got})
-    notes = [f"{', '.join(kinds)} agrees with longdouble"]
-    if np.finfo(WIDE).eps >= np.finfo(np.float64).eps:
-        notes.append(NOT_WIDER)
-    return Report("check_reference", name_of(fn), notes=tuple(notes))
+    notes = (f"{', '.join(kinds)} agrees with longdouble", *wideness())
+    return Report("check_reference", name_of(fn), notes=notes)
+
+
+def wideness() -> tuple[str, ...]:
+    """Return what a report says of longdouble: something only where it is no wider than float64."""
+    return (NOT_WIDER,) if np.finfo(WIDE).eps >= np.finfo(np.float64).eps else ()
 
 
 def gradient_by_rules(fn: Callable[..., Any]) -> Callable[..., list[np.ndarray]]:

@@ -17,7 +17,7 @@ from tinygrad_bn.testing.functions import is_floating, name_of, raw_inputs
 from tinygrad_bn.testing.gradients import check_double_grad, check_grad
 from tinygrad_bn.testing.invariants import Run, check_dtypes, check_pure
 from tinygrad_bn.testing.laws import Law
-from tinygrad_bn.testing.reference import check_reference, gradient_by_rules
+from tinygrad_bn.testing.reference import check_reference, gradient_by_rules, wideness
 from tinygrad_bn.testing.report import Report
 from tinygrad_bn.testing.search import fresh_seed, search
 
@@ -93,10 +93,13 @@ def verify(
             )
             raise failure("verify", name, check, unseen, sum(tried.values()), seed)
     rejected = sum(tried.values()) - sum(judged.values())
+    notes = [f"{rejected} rejected"] if rejected else []
+    if tried.get("check_reference"):
+        notes += wideness()
     return Report(
         "verify",
         name,
-        notes=(f"{rejected} rejected",) if rejected else (),
+        notes=tuple(notes),
         examples=sum(tried.values()),
         checks=tuple(tried.items()),
         seed=seed,
