@@ -56,10 +56,11 @@ class Channels:
         self.spreads = self.run < SHORTEST_RUN and period <= LONGEST_ROW
         self.repeats = min(samples, -(-SHORTEST_ROW // period)) if self.spreads else 1
         self.row = self.repeats * period
-        self.rows, tail = divmod(samples, self.repeats)
+        self.rows_of_samples, tail = divmod(samples, self.repeats)
         self.tail = tail * period
-        # What the loops are told for C and S.
+        # What the loops are told for C and S, and how a row of theirs comes from the channels.
         self.columns, self.inner = (self.row, 1) if self.spreads else (self.channels, self.run)
+        self.spreading = (self.run, self.repeats) if self.spreads else (1, 1)
 
     def lay(self, x: Array) -> Array:
         """Return x as (groups, entries in memory's order), copied only if it is not dense."""
@@ -74,41 +75,35 @@ class Channels:
         # Not even a view of it where the order is x's own: what is handed out owns its memory.
         return made if self.inverse == tuple(range(made.ndim)) else made.transpose(self.inverse)
 
-    def spread(self, vectors: Array) -> Array:
-        """Return vectors (k, C) as the loops want them: a number for each entry of a row, or C."""
-        if self.spreads:
-            vectors = np.tile(np.repeat(vectors, self.run, axis=1), (1, self.repeats))
-        return np.concatenate([vectors, np.zeros((len(vectors), PADDING), vectors.dtype)], axis=1)
+    def rows(self, count: int, dtype: Any = np.float64) -> Array:
+        """Return zeros, (count, entries): rows as the loops want them, of vectors or sums."""
+        return np.zeros((count, self.columns + PADDING), dtype)
 
-    def sums(self) -> Array:
-        """Return zeros for the loops to add two sums of each channel to."""
-        return np.zeros((2, self.columns + PADDING))
+    def parts(self) -> list[tuple[slice, int]]:
+        """Return the shares: a slice of a laid group, and C to the loops.
 
-    def folded(self, sums: Array) -> Array:
-        """Return what was added to `sums()` by channel: (2, C)."""
-        sums = sums[:, : self.columns]
-        if not self.spreads:
-            return sums
-        return sums.reshape(2, self.repeats, self.channels, self.run).sum(axis=(1, 3))
-
-    def share_out(self, work: Callable[[slice, int], Any]) -> list[Any]:
-        """Return `work(part, columns)` for each share: a slice of a laid group, and C to the loops.
-
-        The shares depend on the number of threads alone, and so does the order of every sum.
+        They depend on the number of threads alone, and so does the order of every sum.
         """
-        size = self.rows * self.row
-        count = max(1, min(threads.num_threads(), self.rows, size // SMALLEST_SHARE))
-        cuts = [self.rows * i // count * self.row for i in range(count + 1)]
+        size = self.rows_of_samples * self.row
+        most = min(threads.num_threads(), self.rows_of_samples, size // SMALLEST_SHARE)
+        count = max(1, most)
+        cuts = [self.rows_of_samples * i // count * self.row for i in range(count + 1)]
         parts = [(slice(a, b), self.columns) for a, b in pairwise(cuts)]
         if self.tail:
             parts.append((slice(size, size + self.tail), self.tail))
-        results: list[Any] = [None] * len(parts)
+        return parts
 
-        def run(i: int) -> None:
-            results[i] = work(*parts[i])
+    def share_out(self, work: Callable[[slice, int], Any]) -> None:
+        """Run `work(part, columns)` for each share."""
+        parts = self.parts()
+        threads.parallel(lambda i: work(*parts[i]), len(parts))
 
-        threads.parallel(run, len(parts))
-        return results
+    def sums(self, add: Callable[[slice, int, Array], Any]) -> Array:
+        """Return the rows `sums` to which `add(part, columns, sums)` adds: (shares, 2, entries)."""
+        parts = self.parts()
+        sums = np.zeros((len(parts), 2, self.columns + PADDING))
+        threads.parallel(lambda i: add(*parts[i], sums[i]), len(parts))
+        return sums
 
 
 def channels_of(x: Array, axis: Axes, groups: int = 1) -> Channels | None:

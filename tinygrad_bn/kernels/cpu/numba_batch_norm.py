@@ -19,13 +19,21 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.backend import saving
-from tinygrad_bn.kernels.cpu import threads
+from tinygrad_bn.kernels.cpu import numba_vectors, threads
 from tinygrad_bn.kernels.cpu.channels import Array, Axes, Channels, channels_of
 from tinygrad_bn.kernels.cpu.compiled import usable
 from tinygrad_bn.kernels.cpu.numba_channels import add_moments, add_products, combine, normalize
+from tinygrad_bn.kernels.cpu.numba_vectors import first_values, moments, slopes
 
-# Far enough from the ends of float32 (and float64) for products of two such numbers to be held.
-RANGE = {np.dtype(np.float32): (1e-24, 1e24), np.dtype(np.float64): (1e-200, 1e200)}
+# The least and the largest of what is held: of variances, so that products of two such numbers
+# still are, and of any number.
+VARIANCES = {
+    np.dtype(np.float32): np.array([1e-24, 1e24]),
+    np.dtype(np.float64): np.array([1e-200, 1e200]),
+}
+NUMBERS = {
+    dtype: np.array([np.finfo(dtype).tiny, np.finfo(dtype).max], np.float64) for dtype in VARIANCES
+}
 
 
 def forward(
@@ -45,19 +53,21 @@ def forward(
         return NotImplemented
     laid, out = channels.lay(x), channels.empty(x.dtype)
     parts = out.reshape(groups, -1)
-    found: list[Any] = [None] * groups
+    gamma, beta = one_each(weight), one_each(bias)
+    found = np.empty((groups, 2, channels.channels))
+    served = [False] * groups
 
     def one(i: int) -> None:
-        mean, var = _statistics(channels, laid[i])
-        vectors = affine(x.dtype, mean, var, weight, bias, eps)
+        found[i] = _statistics(channels, laid[i])
+        vectors = affine(channels, x.dtype, found[i], gamma, beta, eps)
         if vectors is not None:
-            found[i] = mean, var
             apply(channels, laid[i], vectors, relu, parts[i])
+            served[i] = True
 
     over_groups(one, groups)
-    if None in found:
+    if not all(served):
         return NotImplemented
-    mean, var = (np.array(v).reshape(channels.kept_shape) for v in zip(*found, strict=True))
+    mean, var = (found[:, k].reshape(channels.kept_shape) for k in (0, 1))
     return saving(channels.back(out), mean=mean, var=var, count=channels.count)
 
 
@@ -85,21 +95,23 @@ def vjp(
     if not usable():
         return NotImplemented
     laid, laid_g, gx = channels.lay(x), channels.lay(g), channels.empty(x.dtype)
-    mean, var = mean.reshape(groups, -1), var.reshape(groups, -1)
+    found = np.stack([mean.reshape(groups, -1), var.reshape(groups, -1)], axis=1)
     parts = gx.reshape(groups, -1)
-    found: list[Any] = [None] * groups
+    gamma, beta = one_each(weight), one_each(bias)
+    sums: list[Any] = [None] * groups
 
     def one(i: int) -> None:
-        found[i] = _vjp_of_group(
-            channels, laid_g[i], laid[i], mean[i], var[i], weight, bias, eps, relu,
+        vectors = affine(channels, x.dtype, found[i], gamma, beta, eps)
+        sums[i] = _vjp_of_group(
+            channels, laid_g[i], laid[i], found[i], gamma, eps, vectors, relu,
             parts[i] if needs[0] else None,
         )  # fmt: skip
 
     over_groups(one, groups)
-    if None in found:
+    if any(each is None for each in sums):
         return NotImplemented
     shape = tuple(x.shape[a] for a in axis)
-    gweight, gbias = (np.sum(sums, axis=0).reshape(shape) for sums in zip(*found, strict=True))
+    gweight, gbias = (total.reshape(shape) for total in np.sum(sums, axis=0))
     gx = channels.back(gx) if needs[0] else None
     return gx, gweight if needs[1] else None, gbias if needs[2] else None, None
 
@@ -112,106 +124,78 @@ def over_groups(one: Any, groups: int) -> None:
         threads.parallel(one, groups)
 
 
-def _statistics(channels: Channels, laid: Array) -> tuple[Array, Array]:
-    """Return mean and biased variance of each channel, float64."""
-    shift = laid[: channels.channels * channels.run : channels.run].astype(np.float64)
-    loop, wide = add_moments.of(laid.dtype), channels.spread(shift[None])[0]
-
-    def work(part: slice, columns: int) -> Array:
-        sums = channels.sums()
-        loop(laid[part], wide, columns, channels.inner, sums)
-        return channels.folded(sums)
-
-    first, second = np.sum(channels.share_out(work), axis=0)
-    with np.errstate(all="ignore"):
-        offset = first / channels.count
-        return shift + offset, np.maximum(second / channels.count - offset * offset, 0.0)
+def _statistics(channels: Channels, laid: Array) -> Array:
+    """Return mean and biased variance of each channel, float64: (2, C)."""
+    dtype, C = laid.dtype, channels.channels
+    (shift,) = channels.rows(1)
+    first_values.of(dtype)(laid, C, channels.run, *channels.spreading, shift)
+    add = add_moments.of(dtype)
+    sums = channels.sums(
+        lambda part, columns, sums: add(laid[part], shift, columns, channels.inner, sums)
+    )
+    found = np.empty((2, C))
+    moments.of()(sums, shift, C, *channels.spreading, channels.count, found)
+    return found
 
 
 def affine(
-    dtype: np.dtype, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float
+    channels: Channels, dtype: np.dtype, found: Array, weight: Array, bias: Array, eps: float
 ) -> Array | None:
-    """Return high, scale and constant, (3, C); None if `dtype` cannot hold them."""
-    if not _in_range(dtype, var + eps):
-        return None
+    """Return rows of vectors with high, scale and constant set; None if `dtype` cannot hold them.
+
+    found: mean and variance, (2, C). weight, bias: as `one_each` returns them.
+    """
+    vectors = channels.rows(5, dtype)
+    options = VARIANCES[dtype], NUMBERS[dtype], *channels.spreading
+    held = numba_vectors.affine.of(dtype)(found, weight, bias, eps, *options, vectors)
+    return vectors if held else None
+
+
+def one_each(vector: Array | None) -> Array:
+    """Return one number per channel as float64, or an empty array for none."""
+    if vector is None:
+        return np.empty(0)
     with np.errstate(all="ignore"):
-        scale = 1 / np.sqrt(var + eps)
-        if weight is not None:
-            scale = scale * weight.ravel()
-        high = mean.astype(dtype)
-        low = mean - high
-        constant = -low * scale if bias is None else bias.ravel() - low * scale
-        return _narrowed(dtype, high, scale, constant)
+        return np.ascontiguousarray(vector, np.float64).reshape(-1)
 
 
 def apply(channels: Channels, laid: Array, vectors: Array, relu: bool, out: Array) -> None:
     """Write (x - high) · scale + constant into `out`."""
-    loop, wide = normalize.of(laid.dtype), channels.spread(vectors)
-
-    def work(part: slice, columns: int) -> None:
-        loop(laid[part], wide, columns, channels.inner, relu, out[part])
-
-    channels.share_out(work)
+    loop, inner = normalize.of(laid.dtype), channels.inner
+    channels.share_out(
+        lambda part, columns: loop(laid[part], vectors, columns, inner, relu, out[part])
+    )
 
 
 def _vjp_of_group(
     channels: Channels,
     laid_g: Array,
     laid: Array,
-    mean: Array,
-    var: Array,
-    weight: Array | None,
-    bias: Array | None,
+    found: Array,
+    weight: Array,
     eps: float,
+    vectors: Array | None,
     relu: bool,
     gx: Array | None,
-) -> tuple[Array, Array] | None:
+) -> Array | None:
     """Return Σ g x̂ and Σ g of each channel, after writing gx, if it is wanted; None to decline."""
-    vectors = affine(laid.dtype, mean, var, weight, bias, eps)
     if vectors is None:
         return None
-    high = vectors[0].astype(np.float64)
-    add, wide = add_products.of(laid.dtype), channels.spread(vectors)
-
-    def add_up(part: slice, columns: int) -> Array:
-        sums = channels.sums()
-        add(laid_g[part], laid[part], wide, columns, channels.inner, relu, sums)
-        return channels.folded(sums)
-
-    # Σ g x̂ = s (Σ g (x - high) - low Σ g)
-    sum_g, sum_gd = np.sum(channels.share_out(add_up), axis=0)
-    with np.errstate(all="ignore"):
-        s, low = 1 / np.sqrt(var + eps), mean - high
-        sum_gx = s * (sum_gd - low * sum_g)
-        if not (np.isfinite(sum_g).all() and np.isfinite(sum_gx).all()):
-            return None
-        # γ s (g - mean(g) - x̂ mean(g x̂)), collected by powers of x - high
-        scale = s if weight is None else s * weight.ravel()
-        slope = -scale * s * sum_gx / channels.count
-        level = -scale * sum_g / channels.count - slope * low
-    more = _narrowed(laid.dtype, slope, level)
-    if more is None:
+    dtype, inner = laid.dtype, channels.inner
+    add, write = add_products.of(dtype), combine.of(dtype)
+    sums = channels.sums(
+        lambda part, columns, sums: add(
+            laid_g[part], laid[part], vectors, columns, inner, relu, sums
+        )
+    )
+    grads = np.empty((2, channels.channels))
+    options = channels.count, NUMBERS[dtype], *channels.spreading
+    if not slopes.of(dtype)(sums, found, weight, eps, *options, vectors, grads):
         return None
     if gx is not None:
-        write, wider = combine.of(laid.dtype), channels.spread(np.concatenate([vectors, more]))
-
-        def write_gx(part: slice, columns: int) -> None:
-            write(laid_g[part], laid[part], wider, columns, channels.inner, relu, gx[part])
-
-        channels.share_out(write_gx)
-    return sum_gx, sum_g
-
-
-def _in_range(dtype: np.dtype, var: Array) -> bool:
-    low, high = RANGE[dtype]
-    return bool(((var >= low) & (var <= high)).all())
-
-
-def _narrowed(dtype: np.dtype, *vectors: Array) -> Array | None:
-    """Return vectors in `dtype`, (k, C), or None if it does not hold one of the numbers."""
-    wide = np.stack(vectors)
-    info = np.finfo(dtype)
-    size = np.abs(wide)
-    if not (size <= info.max).all() or ((size < info.tiny) & (size > 0)).any():
-        return None
-    return wide.astype(dtype)
+        channels.share_out(
+            lambda part, columns: write(
+                laid_g[part], laid[part], vectors, columns, inner, relu, gx[part]
+            )
+        )
+    return grads

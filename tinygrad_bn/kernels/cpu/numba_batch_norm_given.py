@@ -8,7 +8,7 @@ import numpy as np
 
 from tinygrad_bn.kernels.cpu.channels import Array, Axes, channels_of
 from tinygrad_bn.kernels.cpu.compiled import usable
-from tinygrad_bn.kernels.cpu.numba_batch_norm import affine, apply
+from tinygrad_bn.kernels.cpu.numba_batch_norm import affine, apply, one_each
 
 
 def forward(
@@ -25,8 +25,8 @@ def forward(
     channels = channels_of(x, axis)
     if channels is None or not usable():
         return NotImplemented
-    mean, var = (value.ravel().astype(np.float64) for value in (mean, var))
-    vectors = affine(x.dtype, mean, var, weight, bias, eps)
+    found = np.stack([one_each(mean), one_each(var)])
+    vectors = affine(channels, x.dtype, found, one_each(weight), one_each(bias), eps)
     if vectors is None:
         return NotImplemented
     out = channels.empty(x.dtype)

@@ -41,9 +41,9 @@ def add_moments(x: Array, shift: Array, C: int, S: int, total: Array) -> None:
                 total[1, c] += second
     else:
         rows = len(x) // C
-        for i in range(0, rows - 3, 4):  # by fours, so that the totals are read and written less
-            _add_moments_of_four(x[i * C : (i + 4) * C], C, shift, total[0], total[1])
-        for i in range(rows - rows % 4, rows):
+        for i in range(0, rows - 7, 8):  # by eights, so that the totals are read and written less
+            _add_moments_of_eight(x[i * C : (i + 8) * C], C, shift, total[0], total[1])
+        for i in range(rows - rows % 8, rows):
             _add_moments_of_row(x[i * C : (i + 1) * C], shift, total[0], total[1])
 
 
@@ -66,13 +66,16 @@ def _add_moments_of_row(x, shift, first, second):
 
 
 @compiled()
-def _add_moments_of_four(x, C, shift, first, second):
-    x = x.reshape(4, C)
+def _add_moments_of_eight(x, C, shift, first, second):
+    x = x.reshape(8, C)
     for c in range(C):
         d0, d1 = np.float64(x[0, c]) - shift[c], np.float64(x[1, c]) - shift[c]
         d2, d3 = np.float64(x[2, c]) - shift[c], np.float64(x[3, c]) - shift[c]
-        first[c] += (d0 + d1) + (d2 + d3)
-        second[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+        d4, d5 = np.float64(x[4, c]) - shift[c], np.float64(x[5, c]) - shift[c]
+        d6, d7 = np.float64(x[6, c]) - shift[c], np.float64(x[7, c]) - shift[c]
+        first[c] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
+        squares = (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+        second[c] += squares + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
 
 
 # --- y -------------------------------------------------------------------------------------------
