@@ -4,5 +4,6 @@ from tests.mutants.batch_norm_forward import FORWARD
 from tests.mutants.batch_norm_gradients import GRADIENTS
 from tests.mutants.batch_norm_kernels import KERNELS
 from tests.mutants.batch_norm_state import STATES
+from tests.mutants.compiled_kernels import NORM
 
-MUTANTS = [*GRADIENTS, *FORWARD, *STATES, *KERNELS]
+MUTANTS = [*GRADIENTS, *FORWARD, *STATES, *KERNELS, *NORM]

@@ -3,7 +3,7 @@
 A kit that objects to one of these with some seed would "kill" every mutant with it.
 """
 
-from tests.mutants import ops_normalization, per_sample
+from tests.mutants import compiled_kernels, layer_norm_kernels, ops_normalization, per_sample
 from tests.mutants.batch_norm_kernels import small_blocks
 from tests.mutants.mutant import Mutant
 from tests.mutants.textbook import textbook
@@ -20,4 +20,6 @@ CONTROLS = (
     Mutant("nn.BatchNorm", nn.BatchNorm, as_layer),
     *ops_normalization.RIGHT,
     *per_sample.RIGHT,
+    *compiled_kernels.RIGHT,
+    *layer_norm_kernels.RIGHT,
 )

@@ -1,3 +1,5 @@
+import weakref
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,17 @@ def test_forward_that_changes_its_input_is_caught():
         return x * 1.0
 
     assert_impure(made(forward, x=lambda g: g * 2.0), "changed its input 0")
+
+
+def test_memory_taken_back_from_a_view_is_caught():
+    waiting = [np.empty((3, 2)) for _ in range(9)]
+
+    def forward(x):
+        out = waiting.pop().view()
+        weakref.finalize(out, waiting.append, out.base)
+        return np.multiply(x, 2.0, out=out)
+
+    assert_impure(made(forward, x=lambda g: g * 2.0), "memory of output 0, of which a view is")
 
 
 def test_rule_that_changes_its_input_is_caught():

@@ -150,7 +150,7 @@ def _block_case(*shapes: Any, **options: Any) -> Any:
     domain=Domain(
         inputs=(Real(),) * 5,
         cases=(
-            _block_case((2, 1, 6, 5), (2, 1, 3, 2), None, (2,), (2,), pool=2),
+            _block_case((2, 1, 7, 6), (2, 1, 3, 2), None, (2,), (2,), pool=2),
             _block_case((2, 5, 6, 2), (3, 2, 2, 2), (3,), (3,), (3,), pool=(2, 1), layout="NHWC"),
             _block_case((3, 2, 4, 4), (2, 2, 3, 3), None, None, (2,), stride=2, padding=1),
         ),

@@ -62,9 +62,10 @@ def check_pure(fn: Callable[..., Any], *inputs: Any, seed: int = 0) -> Report:
     """Return a report that calling and differentiating `fn` at `inputs` has no side effects.
 
     Inputs and cotangents are unchanged; gradients share no memory with inputs, outputs, cotangents,
-    each other or the gradients of another call; two calls agree to the bit; `.grad` after
-    `backward` is the same and can be written to; and an input overwritten through its Tensor
-    between forward and backward either does no harm or raises RuntimeError.
+    each other or the gradients of another call; who holds a view of a result keeps its memory; two
+    calls agree to the bit; `.grad` after `backward` is the same and can be written to; and an input
+    overwritten through its Tensor between forward and backward either does no harm or raises
+    RuntimeError.
 
     Raises GradCheckError that names what was changed or shared.
 
@@ -96,6 +97,7 @@ def check_pure(fn: Callable[..., Any], *inputs: Any, seed: int = 0) -> Report:
             )
     _require_repeatable(name, free, first, second, kept, outputs_before)
     _require_unshared(name, free, labels, arrays, first, second)
+    _require_lasting(name, fn, arrays, first.cotangents)
     _require_same_through_backward(name, fn, arrays, first, free)
     _require_guarded(name, fn, arrays, labels, first)
     return Report(
@@ -213,6 +215,28 @@ def _require_unshared(
             raise GradCheckError(
                 f"{name}: {label} shares memory with {other}: writing to one would change the "
                 f"other; the rule must return an array of its own"
+            )
+
+
+def _require_lasting(
+    name: str, fn: Callable[..., Any], arrays: Sequence[Any], cotangents: Sequence[Any]
+) -> None:
+    """Raise if a later call computes into a result of which a view is still held."""
+    run = Run(fn, arrays, cotangents)
+    inputs = [a for a in arrays if a is not None]
+    held = [
+        (f"{what} {i}", array[...])
+        for what, results in (("output", run.outputs), ("gradient", run.gradients))
+        for i, array in enumerate(results)
+        if not any(_share(array, a) for a in inputs)
+    ]
+    del run  # the views alone are left
+    later = Run(fn, arrays, cotangents)
+    for what, view in held:
+        if any(_share(view, array) for array in (*later.outputs, *later.gradients)):
+            raise GradCheckError(
+                f"{name}: a later call writes into the memory of {what}, of which a view is still "
+                f"held; take memory back only when nothing refers to it"
             )
 
 

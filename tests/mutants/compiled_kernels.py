@@ -1,0 +1,595 @@
+"""Faults in the compiled kernels: batch norm, ReLU after it, and the convolution block.
+
+A fault in a loop is planted around the compiled one: what goes in or comes out is changed. Small
+arrays are served too, in rows, chunks and shares to match. Without Numba nothing here applies.
+"""
+
+import importlib.util
+import weakref
+
+import numpy as np
+
+from tests.mutants.mutant import Mutant
+from tests.mutants.planting import replaced
+from tests.mutants.verifiers import as_op
+from tinygrad_bn import functional as F
+from tinygrad_bn.kernels.cpu import (
+    channels,
+    conv_block_loops,
+    conv_block_plan,
+    memory,
+    numba_batch_norm,
+    numba_channels,
+    numba_conv_block,
+    threads,
+)
+from tinygrad_bn.kernels.cpu.channels import Channels
+from tinygrad_bn.kernels.cpu.conv_block_plan import Plan
+from tinygrad_bn.op import REGISTRY
+
+_HERE = importlib.util.find_spec("numba") is not None
+
+_SMALL = (
+    (channels, "SMALLEST", 1),
+    (channels, "SMALLEST_SHARE", 1),
+    (channels, "SHORTEST_RUN", 4),
+    (channels, "SHORTEST_ROW", 8),
+    (conv_block_plan, "SMALLEST", 1),
+    (conv_block_plan, "CHUNK_BYTES", 1),
+    (conv_block_plan, "WIDTH", 8),
+    (conv_block_plan, "_plan", conv_block_plan._plan.__wrapped__),  # it would keep what is wrong
+    (memory, "SMALLEST", 1),
+    (threads, "num_threads", lambda: 2),
+    (numba_conv_block, "num_threads", lambda: 2),
+)
+
+
+def small_parts():
+    """Return the context in which the kernels, right as they are, serve arrays of any size."""
+    return replaced(*_SMALL)
+
+
+class Loop:
+    """A loop with a fault: `change` takes the compiled function and returns the wrong one."""
+
+    def __init__(self, right, change):
+        self.right, self.change = right, change
+
+    def of(self, *dtypes):
+        return self.change(self.right.of(*dtypes))
+
+
+def planting(owner, attribute, change):
+    right = getattr(owner, attribute)
+    wrong = Loop(right, change) if hasattr(right, "of") else change(right)
+    return lambda: replaced(*_SMALL, (owner, attribute, wrong))
+
+
+def norm(fault, owner, attribute, change):
+    """Return a mutant of the Numba batch norm."""
+    return Mutant(f"compiled: {fault}", F.batch_norm, planted=planting(owner, attribute, change))
+
+
+def op(name, fault, owner, attribute, change):
+    """Return a mutant of a kernel of the library's op `name`."""
+    planted = planting(owner, attribute, change)
+    return Mutant(f"{name}, compiled: {fault}", REGISTRY[name], as_op(name), planted)
+
+
+# --- batch norm ----------------------------------------------------------------------------------
+
+
+def tail_not_made(init):
+    def call(self, *args):
+        init(self, *args)
+        self.tail = 0
+
+    return call
+
+
+def without_tail(function):
+    def call(channels, *args):
+        tail, channels.tail = channels.tail, 0
+        try:
+            return function(channels, *args)
+        finally:
+            channels.tail = tail
+
+    return call
+
+
+def as_long_as_a_row(share_out):
+    """Tell the loops that the tail has as many columns as a row."""
+    return lambda self, work: share_out(self, lambda part, _: work(part, self.columns))
+
+
+def first_share_alone(share_out):
+    return lambda self, work: share_out(self, work)[:1]
+
+
+def channel_after_channel(spread):
+    """Take each channel's values in a row to lie together."""
+
+    def call(self, vectors):
+        if not self.spreads:
+            return spread(self, vectors)
+        wide = np.repeat(vectors, self.run * self.repeats, axis=1)
+        padding = np.zeros((len(wide), channels.PADDING), wide.dtype)
+        return np.concatenate([wide, padding], axis=1)
+
+    return call
+
+
+def folded_along_the_wrong_axis(folded):
+    def call(self, sums):
+        if not self.spreads:
+            return folded(self, sums)
+        split = sums[:, : self.columns].reshape(2, self.repeats, self.run, self.channels)
+        return split.sum(axis=(1, 2))
+
+    return call
+
+
+def first_of_a_row_for_all(spread):
+    def call(self, vectors):
+        wide = spread(self, vectors)
+        period = self.channels * self.run
+        if self.spreads:
+            wide[:, period : self.columns] = 0
+        return wide
+
+    return call
+
+
+def about_zero(statistics):
+    def call(channels, laid):
+        x = laid.reshape(-1, channels.channels, channels.run).astype(np.float64)
+        mean = x.mean(axis=(0, 2))
+        return mean, np.maximum((x * x).mean(axis=(0, 2)) - mean * mean, 0.0)
+
+    return call
+
+
+def shift_forgotten(statistics):
+    def call(channels, laid):
+        mean, var = statistics(channels, laid)
+        return mean - laid[: channels.channels * channels.run : channels.run], var
+
+    return call
+
+
+def offset_forgotten(statistics):
+    def call(channels, laid):
+        mean, var = statistics(channels, laid)
+        return mean, var + (mean - laid[: channels.channels * channels.run : channels.run]) ** 2
+
+    return call
+
+
+def unbiased(statistics):
+    def call(channels, laid):
+        mean, var = statistics(channels, laid)
+        return mean, var * (channels.count / (channels.count - 1))
+
+    return call
+
+
+def moments_of_full_fours(add):
+    def call(x, shift, C, S, total):
+        kept = len(x) if S > 1 else len(x) // (4 * C) * 4 * C
+        add(x[:kept], shift, C, S, total)
+
+    return call
+
+
+def products_of_full_fours(add):
+    def call(g, x, vectors, C, S, relu, total):
+        kept = len(x) if S > 1 else len(x) // (4 * C) * 4 * C
+        add(g[:kept], x[:kept], vectors, C, S, relu, total)
+
+    return call
+
+
+def moments_in_float32(add):
+    def call(x, shift, C, S, total):
+        mine = np.zeros_like(total)
+        add(x, shift, C, S, mine)
+        total += mine.astype(np.float32)
+
+    return call
+
+
+def with_row(row, value, at):
+    """Return a change that gives a loop vectors of which one row holds `value`."""
+
+    def change(loop):
+        def call(*args):
+            vectors = args[at].copy()
+            vectors[row] = value
+            return loop(*args[:at], vectors, *args[at + 1 :])
+
+        return call
+
+    return change
+
+
+def without_sum(row):
+    def change(add):
+        def call(*args):
+            add(*args)
+            args[-1][row] = 0
+
+        return call
+
+    return change
+
+
+def with_rounded_mean(affine):
+    return lambda dtype, mean, *args: affine(dtype, mean.astype(dtype).astype(np.float64), *args)
+
+
+def mean_rounded(of_group):
+    def call(channels, g, x, mean, *args):
+        return of_group(channels, g, x, mean.astype(x.dtype).astype(np.float64), *args)
+
+    return call
+
+
+def without_weight(of_group):
+    return lambda channels, g, x, mean, var, weight, *args: of_group(
+        channels, g, x, mean, var, None, *args
+    )
+
+
+_K, _C = numba_batch_norm, numba_channels
+
+NORM = [
+    norm("tail forgotten", Channels, "__init__", tail_not_made),
+    norm("tail left out of the statistics", _K, "_statistics", without_tail),
+    norm("tail left out of the backward", _K, "_vjp_of_group", without_tail),
+    norm("tail not normalized", _K, "apply", without_tail),
+    norm("tail taken to be as long as a row", Channels, "share_out", as_long_as_a_row),
+    norm("sums of the first share alone", Channels, "share_out", first_share_alone),
+    norm("numbers of a row in the wrong order", Channels, "spread", channel_after_channel),
+    norm("numbers for the first sample of a row alone", Channels, "spread",
+         first_of_a_row_for_all),
+    norm("sums folded along the wrong axis", Channels, "folded", folded_along_the_wrong_axis),
+    norm("sums about 0", _K, "_statistics", about_zero),
+    norm("shift not added back to the mean", _K, "_statistics", shift_forgotten),
+    norm("offset from the shift left in the variance", _K, "_statistics", offset_forgotten),
+    norm("variance by m - 1", _K, "_statistics", unbiased),
+    norm("rows that make no four left out of the statistics", _K, "add_moments",
+         moments_of_full_fours),
+    norm("rows that make no four left out of the backward", _K, "add_products",
+         products_of_full_fours),
+    norm("sums kept in float32", _K, "add_moments", moments_in_float32),
+    norm("second moments overwritten by nothing", _K, "add_moments", without_sum(1)),
+    norm("low part of the mean dropped", _K, "affine", with_rounded_mean),
+    norm("low part of the mean dropped in the backward", _K, "_vjp_of_group", mean_rounded),
+    norm("constant forgotten", _K, "normalize", with_row(_C.CONSTANT, 0, 1)),
+    norm("slope forgotten in dx", _K, "combine", with_row(_C.SLOPE, 0, 2)),
+    norm("level forgotten in dx", _K, "combine", with_row(_C.LEVEL, 0, 2)),
+    norm("γ forgotten in the backward", _K, "_vjp_of_group", without_weight),
+    norm("Σ g x̂ missing", _K, "add_products", without_sum(1)),
+    Mutant("compiled: numbers beyond float32 rounded to it", F.batch_norm, planted=lambda: replaced(
+        *_SMALL, (_K, "_in_range", lambda dtype, var: True),
+        (_K, "_narrowed", lambda dtype, *vectors: np.stack(vectors).astype(dtype)))),
+]  # fmt: skip
+
+
+# --- batch norm and ReLU -------------------------------------------------------------------------
+
+
+def as_if_not_relu(at):
+    return lambda loop: lambda *args: loop(*args[:at], False, *args[at + 1 :])
+
+
+def distance_from_zero(normalize):
+    def call(x, vectors, C, S, relu, y):
+        normalize(x, vectors, C, S, False, y)
+        if relu:
+            np.abs(y, out=y)
+
+    return call
+
+
+def leaky(normalize):
+    def call(x, vectors, C, S, relu, y):
+        normalize(x, vectors, C, S, False, y)
+        if relu:
+            y[y < 0] *= 0.125
+
+    return call
+
+
+def relu(fault, attribute, change):
+    return op("batch_norm_relu", fault, _K, attribute, change)
+
+
+RELU = [
+    relu("nothing cut off", "normalize", as_if_not_relu(4)),
+    relu("leaky", "normalize", leaky),
+    relu("|y| for max(y, 0)", "normalize", distance_from_zero),
+    relu("all cotangents in the sums", "add_products", as_if_not_relu(5)),
+    relu("all cotangents in dx", "combine", as_if_not_relu(5)),
+    relu("cotangent passes by x̂, β apart, in the sums", "add_products", with_row(
+        _C.CONSTANT, 0, 2)),
+    relu("cotangent passes by x̂, β apart, in dx", "combine", with_row(_C.CONSTANT, 0, 2)),
+    relu("γ forgotten in the backward", "_vjp_of_group", without_weight),
+]  # fmt: skip
+
+
+# --- convolution block ---------------------------------------------------------------------------
+
+
+def block(fault, owner, attribute, change):
+    return op("conv_block", fault, owner, attribute, change)
+
+
+def deviations_within_parts_alone(merged):
+    """Leave out how the means of the threads' parts differ."""
+
+    def call(parts):
+        mean, _ = merged(parts)
+        squares = sum(np.maximum(two - one * one / n, 0) for n, _, one, two in parts)
+        return mean, squares / sum(n for n, *_ in parts)
+
+    return call
+
+
+def parts_weighted_alike(merged):
+    def call(parts):
+        _, var = merged(parts)
+        return np.mean([shift + one / n for n, shift, one, _ in parts], axis=0), var
+
+    return call
+
+
+def shifts_forgotten(merged):
+    return lambda parts: merged([(n, shift * 0, *sums) for n, shift, *sums in parts])
+
+
+def first_part_alone(merged):
+    return lambda parts: merged(parts[:1])
+
+
+def activated_without(at):
+    return lambda activate: lambda *args: activate(*args[:at], None, *args[at + 1 :])
+
+
+def without_last_chunk(chunks):
+    return lambda self, share: chunks(self, share)[: max(1, len(chunks(self, share)) - 1)]
+
+
+def without_last_entry(pool):
+    def call(middle, entries, *args):
+        pool(middle, max(1, entries - 1), *args)
+
+    return call
+
+
+def first_place_if_none(pool):
+    """Say that the first entry won where nothing was above 0."""
+
+    def call(*args):
+        pool(*args)
+        args[-2][args[-2] == 0] = 1
+
+    return call
+
+
+def next_place(pool):
+    def call(*args):
+        pool(*args)
+        places, entries = args[-2], args[1]
+        places[places > 0] = places[places > 0] % entries + 1
+
+    return call
+
+
+def smallest_for_largest(pool):
+    def call(middle, entries, high, scale, constant, places, out):
+        pool(middle, entries, high, -scale, constant, places, out)
+
+    return call
+
+
+def without_the_rest(add_sums):
+    """Leave the last row, where pixels stand that no window covers, out of the sums."""
+
+    def call(middle, shift, sums):
+        add_sums(middle[: max(len(shift), len(middle) - len(shift))], shift, sums)
+
+    return call
+
+
+def rest_without_gradient(combine):
+    def call(*args):
+        combine(*args)
+        entries, plane, gmiddle = args[3], args[0].shape[1], args[-1]
+        gmiddle[:, entries * plane :] = 0
+
+    return call
+
+
+def winners_alone(combine):
+    """Forget that every pixel has a part in the mean and the variance."""
+
+    def call(g, places, middle, entries, high, scale, slope, constant, gmiddle):
+        combine(g, places, middle, entries, high, scale, slope * 0, constant * 0, gmiddle)
+
+    return call
+
+
+def without_term(at):
+    def change(combine):
+        return lambda *args: combine(*args[:at], args[at] * 0, *args[at + 1 :])
+
+    return change
+
+
+def from_the_first_entry(fields):
+    """Take the windows of all entries of a pool's window from where the first one's stand."""
+
+    def call(view, kernel, pooled):
+        for i, field in enumerate(fields(view, kernel, pooled)):
+            yield field._replace(origin=0) if i < kernel[0] * kernel[1] else field
+
+    return call
+
+
+def not_cropped(add_back):
+    """Cut the images out of the padded ones as if there were no padding."""
+
+    def call(plan, columns, gx):
+        view = plan.view
+        if view.padding == (0, 0):
+            return add_back(plan, columns, gx)
+        padded = np.empty((len(gx), *view.padded, view.channels), gx.dtype)
+        loop = conv_block_loops.add_back.of(gx.dtype)
+        loop(columns, *plan.geometry, padded.reshape(len(gx), -1))
+        h, w = view.size
+        np.copyto(gx.transpose(view.axes), padded[:, :h, :w])
+
+    return call
+
+
+def kernel_flipped(through):
+    def call(*args):
+        gx, gkernel = through(*args)
+        return gx, None if gkernel is None else gkernel[:, :, ::-1, ::-1].copy()
+
+    return call
+
+
+def offset_counted(vjp):
+    """Give the offset the sum of the cotangents, as if no mean were taken off."""
+
+    def call(g, x, kernel, offset, weight, var, kept, eps, needs):
+        grads = list(vjp(g, x, kernel, offset, weight, var, kept, eps, needs))
+        if needs[2]:
+            high = kept.mean.astype(x.dtype)
+            grads[2], _ = numba_conv_block._sums(kept.plan, g, kept.places, kept.middle, high)
+        return tuple(grads)
+
+    return call
+
+
+_B, _L = numba_conv_block, conv_block_loops
+
+BLOCK = [
+    block("deviations within the threads' parts alone", _B, "_merged",
+          deviations_within_parts_alone),
+    block("parts of the mean weighted alike", _B, "_merged", parts_weighted_alike),
+    block("shifts not added back", _B, "_merged", shifts_forgotten),
+    block("statistics of the first part alone", _B, "_merged", first_part_alone),
+    block("last images of a share left out", _B._Shares, "chunks", without_last_chunk),
+    block("pixels that no window covers left out of the statistics", _L, "add_sums",
+          without_the_rest),
+    block("γ forgotten", _B, "_activate", activated_without(4)),
+    block("β forgotten", _B, "_activate", activated_without(5)),
+    block("last entry of a window never wins", _L, "pool", without_last_entry),
+    block("smallest for largest", _L, "pool", smallest_for_largest),
+    block("cotangent passes where nothing is above 0", _L, "pool", first_place_if_none),
+    block("cotangent to the next entry", _L, "pool", next_place),
+    block("mean and variance taken for constants", _L, "combine", winners_alone),
+    block("slope forgotten", _L, "combine", without_term(6)),
+    block("constant forgotten", _L, "combine", without_term(7)),
+    block("pixels that no window covers take no gradient", _L, "combine", rest_without_gradient),
+    block("Σ g x̂ about 0", _L, "add_pooled_sums", without_term(4)),
+    block("Σ g x̂ missing", _L, "add_pooled_sums", without_sum(1)),
+    block("windows of the pool's first entry for all", conv_block_plan, "_fields",
+          from_the_first_entry),
+    block("sums folded over channels that lie together", Plan, "folded", lambda folded: (
+        lambda self, sums: sums.reshape(2, self.outputs, -1).sum(axis=2, dtype=np.float64))),
+    block("vectors repeated value by value", Plan, "spread", lambda spread: (
+        lambda self, vector, dtype: np.repeat(
+            vector.astype(dtype), self.width // self.outputs))),
+    block("padding not cropped off dx", _B, "_add_back", not_cropped),
+    block("kernel's gradient flipped", _B, "_through", kernel_flipped),
+    block("offset takes gradient", _B, "_vjp", offset_counted),
+]  # fmt: skip
+
+
+# --- memory that comes back ----------------------------------------------------------------------
+
+
+def one_for_each_size(empty):
+    """Hand the same memory out again whoever still holds it."""
+    kept = {}
+
+    def call(shape, dtype):
+        key = shape, np.dtype(dtype)
+        if key not in kept:
+            kept[key] = np.empty(*key)
+        return kept[key]
+
+    return call
+
+
+def back_with_the_array(empty):
+    """Take memory back with the array that was handed out, though a view of it may live."""
+    waiting = {}
+
+    def call(shape, dtype):
+        key = shape, np.dtype(dtype)
+        block = waiting[key].pop() if waiting.get(key) else np.empty(*key)
+        array = block.view()
+        weakref.finalize(array, waiting.setdefault(key, []).append, block)
+        return array
+
+    return call
+
+
+def from_scratch(empty):
+    return lambda shape, dtype: threads.scratch("kept", shape, np.dtype(dtype))
+
+
+def never_taken_off_the_list(empty):
+    """Hand out what has come back, and leave it where the next one finds it."""
+    waiting = {}
+
+    class Owner:
+        def __init__(self, block):
+            self.block, self.__array_interface__ = block, block.__array_interface__
+
+        def __del__(self):
+            waiting.setdefault((self.block.shape, self.block.dtype), self.block)
+
+    def call(shape, dtype):
+        key = tuple(shape), np.dtype(dtype)
+        return np.asarray(Owner(waiting[key] if key in waiting else np.empty(*key)))
+
+    return call
+
+
+def added_to_what_was_there(add_back):
+    """Take fresh memory to be 0."""
+
+    def call(columns, fields, taps, run, images):
+        before = images.copy()
+        add_back(columns, fields, taps, run, images)
+        images += np.nan_to_num(before)
+
+    return call
+
+
+MEMORY = [
+    block("memory handed out while it is held", memory, "empty", one_for_each_size),
+    block("memory back while a view of it is held", memory, "empty", back_with_the_array),
+    block("memory handed out twice when it has come back", memory, "empty",
+          never_taken_off_the_list),
+    block("results in scratch memory", memory, "empty", from_scratch),
+    block("dx added to what memory held", _L, "add_back", added_to_what_was_there),
+]  # fmt: skip
+
+if not _HERE:
+    NORM = RELU = BLOCK = MEMORY = []
+
+RIGHT = (
+    Mutant("the compiled kernels in small parts", F.batch_norm, planted=small_parts),
+    Mutant("the compiled ReLU in small parts", REGISTRY["batch_norm_relu"],
+           as_op("batch_norm_relu"), small_parts),
+    Mutant("the convolution block in small parts", REGISTRY["conv_block"], as_op("conv_block"),
+           small_parts),
+) if _HERE else ()  # fmt: skip
