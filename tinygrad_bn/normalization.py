@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tinygrad_bn.backend import is_floating, largest, placed
 from tinygrad_bn.ops import batch_norm as _ops
 from tinygrad_bn.ops import fused as _fused
-from tinygrad_bn.ops.elementwise import clip, relu, where
+from tinygrad_bn.ops.elementwise import relu, where
 from tinygrad_bn.tape import TensorBase
 
 Axis = int | tuple[int, ...]
@@ -278,9 +278,11 @@ def update_running(running: Any, value: Any, momentum: Any, counted: Any = True)
     if counted is not True:
         momentum = where(counted, momentum, 0.0)
     # Written as a whole, not added to: the sum is formed in the wide dtype of `value`.
-    moved = data + momentum * (value.reshape(data.shape) - data)
+    moved = value.reshape(data.shape) - data
+    moved *= momentum
+    moved += data
     most = largest(data.dtype)
-    data[...] = clip(moved, min=-most, max=most)
+    data[...] = moved.clip(-most, most)
     if isinstance(running, TensorBase):
         running.note_write()
 

@@ -62,6 +62,7 @@ def machine_epsilon(dtype: np.dtype) -> float:
     return float(np.finfo(dtype).eps)
 
 
+@lru_cache(maxsize=256)
 def largest(dtype: np.dtype) -> float:
     """Return the largest finite number of `dtype`.
 
