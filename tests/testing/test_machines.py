@@ -455,7 +455,7 @@ def mode_lost_when_a_generator_is_thrown_into(monkeypatch):
 
 
 def recorded_all_the_same(monkeypatch):
-    monkeypatch.setattr(sys.modules["tinygrad_bn.op"], "is_grad_enabled", lambda: True)
+    monkeypatch.setattr(sys.modules["tinygrad_bn.op"], "grad_enabled", lambda: True)
 
 
 def enable_grad_does_nothing_inside_no_grad(monkeypatch):
