@@ -13,6 +13,7 @@ from tests.mutants.mutant import Mutant
 from tests.mutants.planting import replaced
 from tests.mutants.verifiers import as_op
 from tinygrad_bn import functional as F
+from tinygrad_bn.backend import LentMemory
 from tinygrad_bn.kernels.cpu import (
     channels,
     conv_block_loops,
@@ -21,6 +22,7 @@ from tinygrad_bn.kernels.cpu import (
     numba_batch_norm,
     numba_channels,
     numba_conv_block,
+    numba_vectors,
     threads,
 )
 from tinygrad_bn.kernels.cpu.channels import Channels
@@ -98,45 +100,16 @@ def without_tail(function):
     return call
 
 
-def as_long_as_a_row(share_out):
+def as_long_as_a_row(parts):
     """Tell the loops that the tail has as many columns as a row."""
-    return lambda self, work: share_out(self, lambda part, _: work(part, self.columns))
+    return lambda self: [(part, self.columns) for part, _ in parts(self)]
 
 
-def first_share_alone(share_out):
-    return lambda self, work: share_out(self, work)[:1]
-
-
-def channel_after_channel(spread):
-    """Take each channel's values in a row to lie together."""
-
-    def call(self, vectors):
-        if not self.spreads:
-            return spread(self, vectors)
-        wide = np.repeat(vectors, self.run * self.repeats, axis=1)
-        padding = np.zeros((len(wide), channels.PADDING), wide.dtype)
-        return np.concatenate([wide, padding], axis=1)
-
-    return call
-
-
-def folded_along_the_wrong_axis(folded):
-    def call(self, sums):
-        if not self.spreads:
-            return folded(self, sums)
-        split = sums[:, : self.columns].reshape(2, self.repeats, self.run, self.channels)
-        return split.sum(axis=(1, 2))
-
-    return call
-
-
-def first_of_a_row_for_all(spread):
-    def call(self, vectors):
-        wide = spread(self, vectors)
-        period = self.channels * self.run
-        if self.spreads:
-            wide[:, period : self.columns] = 0
-        return wide
+def first_share_alone(sums):
+    def call(self, add):
+        found = sums(self, add)
+        found[1:] = 0
+        return found
 
     return call
 
@@ -145,36 +118,83 @@ def about_zero(statistics):
     def call(channels, laid):
         x = laid.reshape(-1, channels.channels, channels.run).astype(np.float64)
         mean = x.mean(axis=(0, 2))
-        return mean, np.maximum((x * x).mean(axis=(0, 2)) - mean * mean, 0.0)
+        return np.stack([mean, np.maximum((x * x).mean(axis=(0, 2)) - mean * mean, 0.0)])
 
     return call
 
 
-def shift_forgotten(statistics):
-    def call(channels, laid):
-        mean, var = statistics(channels, laid)
-        return mean - laid[: channels.channels * channels.run : channels.run], var
+def channel_after_channel(affine):
+    """Take each channel's values in a row of several samples to lie together."""
+
+    def call(found, *args):
+        *_, run, repeats, vectors = args
+        held, wide = affine(found, *args), found.shape[1] * run
+        rows = vectors[:3]
+        rows[:, : wide * repeats] = np.repeat(rows[:, :wide:run], run * repeats, axis=1)
+        return held
 
     return call
 
 
-def offset_forgotten(statistics):
-    def call(channels, laid):
-        mean, var = statistics(channels, laid)
-        return mean, var + (mean - laid[: channels.channels * channels.run : channels.run]) ** 2
+def first_of_a_row_alone(affine):
+    def call(found, *args):
+        *_, run, repeats, vectors = args
+        held, wide = affine(found, *args), found.shape[1] * run
+        vectors[:3, wide : wide * repeats] = 0
+        return held
 
     return call
 
 
-def unbiased(statistics):
-    def call(channels, laid):
-        mean, var = statistics(channels, laid)
-        return mean, var * (channels.count / (channels.count - 1))
+def mean_rounded(loop):
+    """Take the mean for one that the dtype of x holds: no low part is left."""
+
+    def call(*args):
+        at = 0 if args[0].ndim == 2 else 1
+        found, vectors = args[at].copy(), args[-1 - at]
+        found[0] = found[0].astype(vectors.dtype)
+        return loop(*args[:at], found, *args[at + 1 :])
+
+    return call
+
+
+def folded_in_the_wrong_order(moments):
+    def call(sums, shift, C, run, repeats, count, found):
+        wrong, wide = sums.copy(), C * run * repeats
+        split = sums[:, :, :wide].reshape(len(sums), 2, repeats, run, C)
+        wrong[:, :, :wide] = split.swapaxes(3, 4).reshape(len(sums), 2, wide)
+        moments(wrong, shift, C, run, repeats, count, found)
+
+    return call
+
+
+def shift_forgotten(moments):
+    def call(sums, shift, C, run, repeats, count, found):
+        moments(sums, shift, C, run, repeats, count, found)
+        found[0] -= shift[: C * run : run]
+
+    return call
+
+
+def offset_forgotten(moments):
+    def call(sums, shift, C, run, repeats, count, found):
+        moments(sums, shift, C, run, repeats, count, found)
+        found[1] += (found[0] - shift[: C * run : run]) ** 2
+
+    return call
+
+
+def unbiased(moments):
+    def call(sums, shift, C, run, repeats, count, found):
+        moments(sums, shift, C, run, repeats, count, found)
+        found[1] *= count / (count - 1)
 
     return call
 
 
 def moments_of_full_fours(add):
+    """Leave out the rows that do not make four, where channels are neighbours."""
+
     def call(x, shift, C, S, total):
         kept = len(x) if S > 1 else len(x) // (4 * C) * 4 * C
         add(x[:kept], shift, C, S, total)
@@ -192,9 +212,8 @@ def products_of_full_fours(add):
 
 def moments_in_float32(add):
     def call(x, shift, C, S, total):
-        mine = np.zeros_like(total)
-        add(x, shift, C, S, mine)
-        total += mine.astype(np.float32)
+        add(x, shift, C, S, total)
+        total[...] = total.astype(np.float32)
 
     return call
 
@@ -224,56 +243,55 @@ def without_sum(row):
     return change
 
 
-def with_rounded_mean(affine):
-    return lambda dtype, mean, *args: affine(dtype, mean.astype(dtype).astype(np.float64), *args)
+def without_weight(at):
+    return lambda loop: lambda *args: loop(*args[:at], np.empty(0), *args[at + 1 :])
 
 
-def mean_rounded(of_group):
-    def call(channels, g, x, mean, *args):
-        return of_group(channels, g, x, mean.astype(x.dtype).astype(np.float64), *args)
-
-    return call
+def first_share_of_the_gradients(slopes):
+    return lambda sums, *args: slopes(sums[:1].copy(), *args)
 
 
-def without_weight(of_group):
-    return lambda channels, g, x, mean, var, weight, *args: of_group(
-        channels, g, x, mean, var, None, *args
-    )
+def without_limits():
+    """Take every number for one that float32 holds."""
+    every = np.array([0.0, np.inf])
+    limits = dict.fromkeys(_K.NUMBERS, every)
+    return replaced(*_SMALL, (_K, "VARIANCES", limits), (_K, "NUMBERS", limits))
 
 
-_K, _C = numba_batch_norm, numba_channels
+_K, _C, _V = numba_batch_norm, numba_channels, numba_vectors
 
 NORM = [
     norm("tail forgotten", Channels, "__init__", tail_not_made),
     norm("tail left out of the statistics", _K, "_statistics", without_tail),
     norm("tail left out of the backward", _K, "_vjp_of_group", without_tail),
     norm("tail not normalized", _K, "apply", without_tail),
-    norm("tail taken to be as long as a row", Channels, "share_out", as_long_as_a_row),
-    norm("sums of the first share alone", Channels, "share_out", first_share_alone),
-    norm("numbers of a row in the wrong order", Channels, "spread", channel_after_channel),
-    norm("numbers for the first sample of a row alone", Channels, "spread",
-         first_of_a_row_for_all),
-    norm("sums folded along the wrong axis", Channels, "folded", folded_along_the_wrong_axis),
+    norm("tail taken to be as long as a row", Channels, "parts", as_long_as_a_row),
+    norm("sums of the first share alone", Channels, "sums", first_share_alone),
+    norm("sums of the first share alone in the backward", _K, "slopes",
+         first_share_of_the_gradients),
+    norm("numbers of a row in the wrong order", _V, "affine", channel_after_channel),
+    norm("numbers for the first sample of a row alone", _V, "affine", first_of_a_row_alone),
+    norm("sums folded in the wrong order", _K, "moments", folded_in_the_wrong_order),
     norm("sums about 0", _K, "_statistics", about_zero),
-    norm("shift not added back to the mean", _K, "_statistics", shift_forgotten),
-    norm("offset from the shift left in the variance", _K, "_statistics", offset_forgotten),
-    norm("variance by m - 1", _K, "_statistics", unbiased),
+    norm("shift not added back to the mean", _K, "moments", shift_forgotten),
+    norm("offset from the shift left in the variance", _K, "moments", offset_forgotten),
+    norm("variance by m - 1", _K, "moments", unbiased),
     norm("rows that make no four left out of the statistics", _K, "add_moments",
          moments_of_full_fours),
     norm("rows that make no four left out of the backward", _K, "add_products",
          products_of_full_fours),
     norm("sums kept in float32", _K, "add_moments", moments_in_float32),
-    norm("second moments overwritten by nothing", _K, "add_moments", without_sum(1)),
-    norm("low part of the mean dropped", _K, "affine", with_rounded_mean),
-    norm("low part of the mean dropped in the backward", _K, "_vjp_of_group", mean_rounded),
+    norm("Σ d² missing", _K, "add_moments", without_sum(1)),
+    norm("low part of the mean dropped", _V, "affine", mean_rounded),
+    norm("low part of the mean dropped in the backward", _K, "slopes", mean_rounded),
+    norm("γ forgotten", _V, "affine", without_weight(1)),
+    norm("β forgotten", _V, "affine", without_weight(2)),
     norm("constant forgotten", _K, "normalize", with_row(_C.CONSTANT, 0, 1)),
     norm("slope forgotten in dx", _K, "combine", with_row(_C.SLOPE, 0, 2)),
     norm("level forgotten in dx", _K, "combine", with_row(_C.LEVEL, 0, 2)),
-    norm("γ forgotten in the backward", _K, "_vjp_of_group", without_weight),
+    norm("γ forgotten in the slopes of dx", _K, "slopes", without_weight(2)),
     norm("Σ g x̂ missing", _K, "add_products", without_sum(1)),
-    Mutant("compiled: numbers beyond float32 rounded to it", F.batch_norm, planted=lambda: replaced(
-        *_SMALL, (_K, "_in_range", lambda dtype, var: True),
-        (_K, "_narrowed", lambda dtype, *vectors: np.stack(vectors).astype(dtype)))),
+    Mutant("compiled: numbers beyond float32 rounded to it", F.batch_norm, planted=without_limits),
 ]  # fmt: skip
 
 
@@ -315,7 +333,7 @@ RELU = [
     relu("cotangent passes by x̂, β apart, in the sums", "add_products", with_row(
         _C.CONSTANT, 0, 2)),
     relu("cotangent passes by x̂, β apart, in dx", "combine", with_row(_C.CONSTANT, 0, 2)),
-    relu("γ forgotten in the backward", "_vjp_of_group", without_weight),
+    relu("γ forgotten in the slopes of dx", "slopes", without_weight(2)),
 ]  # fmt: skip
 
 
@@ -549,7 +567,7 @@ def never_taken_off_the_list(empty):
     """Hand out what has come back, and leave it where the next one finds it."""
     waiting = {}
 
-    class Owner:
+    class Owner(LentMemory):
         def __init__(self, block):
             self.block, self.__array_interface__ = block, block.__array_interface__
 

@@ -3,7 +3,13 @@
 A kit that objects to one of these with some seed would "kill" every mutant with it.
 """
 
-from tests.mutants import compiled_kernels, layer_norm_kernels, ops_normalization, per_sample
+from tests.mutants import (
+    batch_renorm,
+    compiled_kernels,
+    layer_norm_kernels,
+    ops_normalization,
+    per_sample,
+)
 from tests.mutants.batch_norm_kernels import small_blocks
 from tests.mutants.mutant import Mutant
 from tests.mutants.textbook import textbook
@@ -18,6 +24,7 @@ CONTROLS = (
     Mutant("the textbook", textbook()),
     Mutant("the textbook with masks and ghost batches", textbook_of_samples()),
     Mutant("nn.BatchNorm", nn.BatchNorm, as_layer),
+    *batch_renorm.RIGHT,
     *ops_normalization.RIGHT,
     *per_sample.RIGHT,
     *compiled_kernels.RIGHT,

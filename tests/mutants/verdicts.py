@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tests.mutants import batch_norm, ops
 from tests.mutants.batch_norm_samples import SAMPLES
+from tests.mutants.batch_renorm import RENORM
 from tests.mutants.controls import CONTROLS
 from tests.mutants.layers import LAYERS
 from tests.mutants.mutant import Mutant
@@ -21,6 +22,7 @@ EXAMPLES = 200
 FAMILIES: dict[str, Sequence[Mutant]] = {
     "batch norm": batch_norm.MUTANTS,
     "masks and ghost batches": SAMPLES,
+    "Batch Renorm": RENORM,
     "layers": LAYERS,
     "ops": ops.MUTANTS,
 }

@@ -50,6 +50,16 @@ def against(reference, drawn_for):
     return verify
 
 
+def as_lawful(laws, strategy):
+    """Return a verifier of whatever `laws` speak of, at inputs drawn from `strategy()`."""
+
+    def verify(candidate, max_examples, seed):
+        options = {"max_examples": max_examples, "seed": seed, "shrink": False}
+        testing.verify_laws(candidate, strategy(), laws, **options)
+
+    return verify
+
+
 def as_layer(candidate, max_examples, seed):
     """Verify anything that is made and used as `nn.BatchNorm` is, over whole lives of it."""
 

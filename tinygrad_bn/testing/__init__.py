@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tinygrad_bn.testing.gradients import check_double_grad, check_grad
     from tinygrad_bn.testing.graphs import Graph, check_graph
     from tinygrad_bn.testing.invariants import check_dtypes, check_pure
+    from tinygrad_bn.testing.law_verification import verify_laws
     from tinygrad_bn.testing.laws import Law, assert_law
     from tinygrad_bn.testing.modules import check_module
     from tinygrad_bn.testing.reference import check_reference
@@ -33,6 +34,7 @@ _NAMES = {
     "gradients": ["check_double_grad", "check_grad"],
     "graphs": ["Graph", "check_graph"],
     "invariants": ["check_dtypes", "check_pure"],
+    "law_verification": ["verify_laws"],
     "laws": ["Law", "assert_law"],
     "modules": ["check_module"],
     "reference": ["check_reference"],
@@ -64,6 +66,7 @@ __all__ = [
     "check_reference",
     "verify",
     "verify_batch_norm",
+    "verify_laws",
 ]
 
 

@@ -65,7 +65,7 @@ def verify(
     tried = {check: 0 for check, _ in checks}
     judged = dict(tried)
     reasons: dict[str, str] = {}
-    for part, counts in enumerate(_rounds(len(checks), max_examples)):
+    for part, counts in enumerate(rounds(len(checks), max_examples)):
         for number, ((check, run), count) in enumerate(zip(checks, counts, strict=True)):
             if not count:
                 continue
@@ -213,7 +213,7 @@ def _call_of(function: Callable[..., Any], drawn: Any) -> tuple[Callable[..., An
     return partial(function, **options), list(drawn.arrays)
 
 
-def _rounds(checks: int, max_examples: int) -> list[list[int]]:
+def rounds(checks: int, max_examples: int) -> list[list[int]]:
     """Return how many inputs each check gets: first three each, then all the rest."""
     counts = [max_examples // checks + (i < max_examples % checks) for i in range(checks)]
     first = [min(count, 3) for count in counts]
