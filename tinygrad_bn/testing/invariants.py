@@ -222,15 +222,7 @@ def _require_lasting(
     name: str, fn: Callable[..., Any], arrays: Sequence[Any], cotangents: Sequence[Any]
 ) -> None:
     """Raise if a later call computes into a result of which a view is still held."""
-    run = Run(fn, arrays, cotangents)
-    inputs = [a for a in arrays if a is not None]
-    held = [
-        (f"{what} {i}", array[...])
-        for what, results in (("output", run.outputs), ("gradient", run.gradients))
-        for i, array in enumerate(results)
-        if not any(_share(array, a) for a in inputs)
-    ]
-    del run  # the views alone are left
+    held = _views_of_results(name, Run(fn, arrays, cotangents), arrays)
     later = Run(fn, arrays, cotangents)
     for what, view in held:
         if any(_share(view, array) for array in (*later.outputs, *later.gradients)):
@@ -238,6 +230,19 @@ def _require_lasting(
                 f"{name}: a later call writes into the memory of {what}, of which a view is still "
                 f"held; take memory back only when nothing refers to it"
             )
+
+
+def _views_of_results(name: str, run: Run, arrays: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Return views of what a run gave but of its inputs; when `run` has died they alone hold it."""
+    results = [(f"output {i}", array) for i, array in enumerate(run.outputs)]
+    results += [(f"gradient {i}", array) for i, array in enumerate(run.gradients)]
+    inputs = [a for a in arrays if a is not None]
+    views = []
+    for what, array in results:
+        if not any(_share(array, a) for a in inputs):
+            with backend.placed(name, [array]):  # a GPU's arrays are viewed on their own device
+                views.append((what, array[...]))
+    return views
 
 
 def _require_same_through_backward(
