@@ -22,13 +22,13 @@ def family(request):
         yield request.param
 
 
-def run(case):
+def run(case, function=F.batch_norm):
     """Return y and the gradients of x, weight and bias, by the names that errors have."""
     x, weight, bias, g = case.inputs()
     leaves = [tg.Tensor(a, requires_grad=True) for a in (x, weight, bias)]
     # Where an entry of the right answer overflows, NumPy's cast in the generic form warns of it.
     with np.errstate(over="ignore", invalid="ignore"):
-        y = F.batch_norm(
+        y = function(
             leaves[0],
             weight=leaves[1],
             bias=leaves[2],
@@ -48,6 +48,24 @@ def test_errors_are_within_the_bound_of_the_dtype(family, dtype, case):
         case = replace(case, repeats=1000)  # all, in float64, would take gigabytes
     found = case.errors(**run(case))
     assert max(found.values()) <= BOUNDS[dtype], found
+
+
+@pytest.mark.parametrize(("dtype", "case"), CASES)
+def test_with_relu_errors_are_within_the_bound_too(family, dtype, case):
+    case = replace(case, repeats=min(case.repeats, 1000))
+    want = case.expected()
+    # Where y is 0 but for rounding, either side is right: no cotangent comes from there.
+    near = np.abs(want.y) <= BOUNDS[dtype] * want.scales["y"]
+    case = replace(case, g=np.where(near, 0, case.g).astype(case.g.dtype))
+    found = run(case, F.batch_norm_relu)
+    y = found["y"]
+    assert ((y >= 0) | np.isnan(y)).all()
+    right = replace(case, g=np.where(want.y > 0, case.g, 0).astype(case.g.dtype))
+    # What ReLU has cut off is taken for right where it had to be cut off.
+    cut = np.tile(np.minimum(want.y, 0), (case.repeats,) + (1,) * (want.y.ndim - 1))
+    found["y"] = np.where(y == 0, cut.astype(y.dtype), y)
+    errors = right.errors(**found)
+    assert max(errors.values()) <= BOUNDS[dtype], errors
 
 
 @pytest.mark.parametrize("case", [*hard_cases("float16")], ids=lambda case: case.name)
