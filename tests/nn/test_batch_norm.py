@@ -247,3 +247,8 @@ def test_repr_says_what_momentum_means():
         "track_running_stats=True, axis=-1)"
     )
     assert "None (average of all batches)" in repr(nn.BatchNorm1d(3, momentum=None))
+    for correction, words in (
+        (0, "correction=0 (running_var is biased)"),
+        (2, "correction=2 (running_var is divided by m - correction)"),
+    ):
+        assert words in repr(nn.BatchNorm1d(3, correction=correction))

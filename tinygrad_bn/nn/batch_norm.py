@@ -266,7 +266,7 @@ class BatchNorm(PerChannel):
     # --- text ------------------------------------------------------------------------------------
 
     def extra_repr(self) -> str:
-        """Return the sizes and settings; what momentum means is said in words."""
+        """Return the sizes and settings; what momentum and correction mean is said in words."""
         chosen = convention_named(self._name, self.convention)
         momentum = (
             "None (average of all batches)"
@@ -279,15 +279,16 @@ class BatchNorm(PerChannel):
         else:
             text += f"scale={self.scale}, center={self.center}"
         text += f", track_running_stats={self.track_running_stats}"
-        for name, value, usual in (
-            ("axis", self.axis, 1),
-            ("groups", self.groups, 1),
-            ("correction", self.correction, 1),
-            ("convention", self.convention, "torch"),
-            ("frozen", self.frozen, False),
+        divisor = "divided by m - correction" if self.correction else "biased"
+        for name, value, usual, words in (
+            ("axis", self.axis, 1, ""),
+            ("groups", self.groups, 1, ""),
+            ("correction", self.correction, 1, f" (running_var is {divisor})"),
+            ("convention", self.convention, "torch", ""),
+            ("frozen", self.frozen, False, ""),
         ):
             if value != usual:
-                text += f", {name}={value!r}"
+                text += f", {name}={value!r}{words}"
         return text
 
 
