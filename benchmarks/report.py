@@ -158,8 +158,8 @@ def step_table(results: Results) -> list[str]:
     head = [
         f"step of batch {_at(results, 'training_step', 'batch')}",
         *(f"{layout}, ms" for layout in layouts),
-        *(f"{NAMES[best]}, over it" for _ in layouts),
-        "first step, s",
+        *(f"our time / its, {layout}" for layout in layouts),
+        f"first step, s, {' / '.join(layouts)}",
         "peak, MB",
     ]
     lines = [_row(head), _row(["---"] * len(head))]
