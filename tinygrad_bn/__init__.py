@@ -9,6 +9,7 @@ Importing this loads NumPy and Python's own library, and nothing else.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from tinygrad_bn.autograd import grad
@@ -122,7 +123,10 @@ def kernel_status() -> dict[str, dict[str, str]]:
 
 
 def set_num_threads(count: int) -> None:
-    """Set how many threads the CPU kernels use; `TINYGRAD_BN_NUM_THREADS` is the default.
+    """Set how many threads the CPU kernels and NumPy's matrix products use; ValueError below 1.
+
+    The environment variable `TINYGRAD_BN_NUM_THREADS` does the same at the import. Without either
+    it is the CPUs that this process may use, by its affinity and its control group's quota.
 
     >>> import tinygrad_bn as tg
     >>> tg.set_num_threads(tg.get_num_threads())
@@ -152,3 +156,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_ROOMS, *_IN_FUNCTIONAL})
+
+
+if os.environ.get("TINYGRAD_BN_NUM_THREADS"):
+    get_num_threads()  # now, before NumPy's first product wakes more threads than that

@@ -3,16 +3,20 @@
 import contextlib
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tinygrad_bn.kernels.cpu import blas, threads
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +154,67 @@ def test_large_scratch_is_given_back():
     assert gone() is None
 
 
+def test_an_interrupt_waits_until_no_thread_writes_any_more():
+    """A thread that writes for half a second more, while the caller is told to stop, twice."""
+    wrote, begun = [], threading.Event()
+    main = threading.get_ident()
+
+    def task(index):
+        if threading.get_ident() == main:
+            begun.wait(20)
+            raise KeyboardInterrupt
+        begun.set()
+        for _ in range(2):
+            time.sleep(0.1)
+            signal.raise_signal(signal.SIGINT)  # reaches the main thread, where it waits
+        time.sleep(0.3)
+        wrote.append(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.parallel(task, 2)
+    assert wrote
+    assert blas._before is None
+    threads.parallel(meeting(4), 4)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such timer")
+def test_interrupts_at_any_moment_leave_nothing_behind():
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    interrupted = 0
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for microseconds in range(1, 400):
+            seen = []
+            try:
+                signal.setitimer(signal.ITIMER_REAL, microseconds * 1e-6)
+                threads.parallel(seen.append, 50)
+                time.sleep(0.01)  # where the pass was done before
+            except KeyboardInterrupt:
+                interrupted += len(seen) < 50
+            assert blas._before is None
+            assert not getattr(threads._local, "busy", False)
+            threads.parallel(seen.append, 5)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 20
+    threads.parallel(meeting(4), 4)
+
+
+def test_an_error_keeps_nothing_alive_once_it_is_handled():
+    array = np.ones(10)
+    gone = weakref.ref(array)
+    gc.disable()
+    try:
+        with contextlib.suppress(ZeroDivisionError):
+            threads.parallel(lambda index, array=array: len(array) / 0, 8)
+        del array
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.skipif(blas._limit() is None, reason="NumPy's BLAS library is not known here")
 def test_products_have_one_thread_inside_and_their_own_number_again_after():
     get, put = blas._limit()
@@ -181,41 +246,64 @@ def test_the_number_of_threads_can_be_set():
         blas.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [("3", "3"), ("0", "ValueError"), ("x", "ValueError")]
-)
-def test_the_environment_sets_the_number_of_threads(value, expected):
-    code = (
-        "from tinygrad_bn.kernels.cpu import threads\n"
-        "try: print(threads.num_threads())\n"
-        "except ValueError as error: print('ValueError', error)"
-    )
-    environment = {**os.environ, threads.VARIABLE: value}
+def python(code, **environment):
+    """Return what a new interpreter, in which warnings are errors, says when it runs `code`."""
     run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-X", "dev", "-W", "error", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    assert run.stdout.startswith(expected)
-    if expected == "ValueError":
-        assert threads.VARIABLE in run.stdout
+    return run.stdout.strip(), run.stderr
+
+
+@pytest.mark.skipif(blas._limit() is None, reason="NumPy's BLAS library is not known here")
+@pytest.mark.parametrize("count", ["1", "3"])
+def test_the_environment_sets_the_number_of_threads_of_kernels_and_products(count):
+    code = """
+import tinygrad_bn as tg
+from tinygrad_bn.kernels.cpu import blas
+print(blas.num_threads(), tg.get_num_threads())
+"""
+    assert python(code, **{threads.VARIABLE: count}) == (f"{count} {count}", "")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "abc", "1.5", " "])
+def test_a_number_of_threads_that_is_none_is_refused_at_the_import(value):
+    _, said = python("import tinygrad_bn", **{threads.VARIABLE: value})
+    assert f"ValueError: {threads.VARIABLE}: {value!r} threads; expected an integer" in said
+
+
+def test_an_empty_variable_is_none():
+    code = "import tinygrad_bn as tg; print(tg.get_num_threads())"
+    assert python(code, **{threads.VARIABLE: ""}) == (str(threads.available_cpus()), "")
+
+
+@pytest.mark.skipif(blas._limit() is None, reason="NumPy's BLAS library is not known here")
+def test_products_use_no_more_threads_than_the_processors_given(monkeypatch):
+    get, put = blas._limit()
+    before = get()
+    monkeypatch.setattr(threads, "_count", None)
+    monkeypatch.delenv(threads.VARIABLE, raising=False)
+    monkeypatch.setattr(threads, "available_cpus", lambda: 3)
+    try:
+        put(2)
+        assert (threads.num_threads(), get()) == (3, 2)  # who wants fewer has them
+        monkeypatch.setattr(threads, "_count", None)
+        put(5)
+        assert (threads.num_threads(), get()) == (3, 3)
+    finally:
+        put(before)
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, None),
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu.max": "150000 100000\n"}, 1.5),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.0),
-    ],
+    ("quota", "expected"), [(None, 4), (0.5, 1), (1.0, 1), (1.5, 2), (3.01, 4), (64.0, 4)]
 )
-def test_the_quota_of_the_control_group_is_read(tmp_path, monkeypatch, files, expected):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert threads._quota(str(tmp_path)) == expected
-    monkeypatch.setattr(threads, "_quota", lambda: 0.5)
-    assert threads.available_cpus() == 1
+def test_processors_are_those_of_affinity_and_quota(monkeypatch, quota, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda who: {0, 1, 5, 9}, raising=False)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
+    assert threads.available_cpus() == expected
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

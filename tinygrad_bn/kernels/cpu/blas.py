@@ -21,35 +21,36 @@ import numpy as np
 Limit = tuple[Callable[[], int], Callable[[int], Any]]
 
 _lock = threading.Lock()
-_holders = 0
-_before = 0
+_holders: set[object] = set()
+_before: int | None = None  # the number to go back to; None while nobody holds
 
 
-def hold() -> None:
-    """Keep products to one thread until the matching `release`; calls nest, from any thread."""
-    global _holders, _before
+def hold(holder: object) -> None:
+    """Keep products to one thread until `release(holder)`; several may hold at once."""
+    global _before
     limit = _limit()
     if limit is None:
         return
     get, put = limit
     with _lock:
-        if _holders == 0:
+        if _before is None:
             _before = get()
-            if _before != 1:
-                put(1)
-        _holders += 1
+            put(1)
+        _holders.add(holder)
 
 
-def release() -> None:
-    """End what one `hold` began; the last one gives products their threads back."""
-    global _holders
+def release(holder: object) -> None:
+    """End what `hold(holder)` began; the last one gives products their threads back.
+
+    An interrupt may have cut that short, or this: it can be called again.
+    """
     limit = _limit()
     if limit is None:
         return
     with _lock:
-        _holders -= 1
-        if _holders == 0 and _before != 1:
-            limit[1](_before)
+        _holders.discard(holder)
+        if not _holders:
+            _restore(limit)
 
 
 def set_num_threads(count: int) -> None:
@@ -59,20 +60,35 @@ def set_num_threads(count: int) -> None:
     if limit is None:
         return
     with _lock:
-        _before = count
-        if _holders == 0:
+        if _before is None:
             limit[1](count)
+        else:
+            _before = count
+
+
+def num_threads() -> int | None:
+    """Return how many threads a product outside of `hold` uses; None where that is not known."""
+    limit = _limit()
+    if limit is None:
+        return None
+    with _lock:
+        return limit[0]() if _before is None else _before
 
 
 def forget_holders() -> None:
     """Undo all holds: in a forked child, whose parent's threads are not there to release theirs."""
-    global _lock, _holders
+    global _lock
     _lock = threading.Lock()
-    if _holders:
-        _holders = 0
-        limit = _limit()
-        if limit is not None:
-            limit[1](_before)
+    _holders.clear()
+    if _before is not None:
+        _restore(_limit())
+
+
+def _restore(limit: Limit | None) -> None:
+    global _before
+    if limit is not None and _before is not None:
+        limit[1](_before)
+        _before = None
 
 
 @lru_cache(maxsize=1)

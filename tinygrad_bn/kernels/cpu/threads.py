@@ -11,15 +11,16 @@ from __future__ import annotations
 import contextvars
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
 from tinygrad_bn.kernels.cpu import blas
+from tinygrad_bn.kernels.cpu.quota import cpu_quota
 
 VARIABLE = "TINYGRAD_BN_NUM_THREADS"
 Task = Callable[[int], Any]
@@ -40,31 +41,25 @@ def available_cpus() -> int:
         cpus = len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system
         cpus = os.cpu_count() or 1
-    quota = _quota()
+    quota = cpu_quota()
     return cpus if quota is None else max(1, min(cpus, math.ceil(quota)))
 
 
-def _quota(root: str = "/sys/fs/cgroup") -> float | None:
-    """Return the CPUs that the control group allows, or None for no limit."""
-    try:  # version 2: "<microseconds or max> <period>"
-        used, period = Path(root, "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:  # version 1: -1 is no limit
-            used = Path(root, "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = Path(root, "cpu/cpu.cfs_period_us").read_text()
-        except OSError:
-            return None
-    if not used.isdecimal() or not int(period):
-        return None
-    return int(used) / int(period)
-
-
 def num_threads() -> int:
-    """Return how many threads kernels use: by `set_num_threads`, the environment, or the CPUs."""
+    """Return how many threads kernels use: by `set_num_threads`, the environment, or the CPUs.
+
+    The first call holds NumPy's matrix products to it too. (Their library counts the machine's
+    processors, and knows nothing of a quota.)
+    """
     global _count
     if _count is None:
         wish = os.environ.get(VARIABLE)
-        _count = available_cpus() if wish is None else _checked(VARIABLE, wish)
+        if wish:
+            set_num_threads(_checked(VARIABLE, wish))
+        else:
+            _count = available_cpus()
+            if (blas.num_threads() or 0) > _count:
+                blas.set_num_threads(_count)
     return _count
 
 
@@ -96,10 +91,10 @@ class _Job:
         self.lock = threading.Lock()
         self.error: BaseException | None = None
         self.done: SimpleQueue[None] = SimpleQueue()
+        self.over = False
 
     def work(self) -> None:
         """Run tasks until none is left, or one has failed."""
-        _local.busy = True
         try:
             while True:
                 with self.lock:
@@ -112,8 +107,6 @@ class _Job:
             with self.lock:
                 self.next = self.count  # no thread starts another
                 self.error = self.error or error
-        finally:
-            _local.busy = False
 
     def help(self) -> None:
         """Work beside the caller, unless it has finished before this thread woke up."""
@@ -122,16 +115,20 @@ class _Job:
                 return
             self.helpers += 1
         self.work()
-        self.done.put(None)
+        with self.lock:
+            self.helpers -= 1
+        self.done.put(None)  # so whoever still sees this helper counted has a wake-up to come
 
     def finish(self) -> None:
         """Wait for the helpers that have begun; none begins when no index is left."""
         with self.lock:
             self.next = self.count
             self.task = None  # an idle worker must not keep the arrays of this job alive
-            helpers = self.helpers
-        for _ in range(helpers):
+        while self.helpers:
             self.done.get()
+        blas.release(self)
+        _local.busy = False
+        self.over = True
 
 
 def parallel(task: Task, count: int) -> None:
@@ -148,34 +145,45 @@ def parallel(task: Task, count: int) -> None:
         return
     _start(helpers)
     job = _Job(task, count)
-    blas.hold()
     try:
+        _local.busy = True
+        blas.hold(job)
         for _ in range(helpers):
             # NumPy keeps its error state in a context variable, so the caller's goes along.
             _jobs.put((contextvars.copy_context(), job))
+        job.work()
+    except BaseException as error:  # an interrupt: what a task raises is in job.error already
+        job.error = error
+    while not job.over:  # again after another interrupt: no thread may go on writing unnoticed
         try:
-            job.work()
-        finally:
             job.finish()
-    finally:
-        blas.release()
+        except BaseException as error:
+            job.error = error
     if job.error is not None:
-        raise job.error
+        error, job.error = job.error, None
+        try:
+            raise error
+        finally:
+            del error  # its traceback holds this frame: as a cycle they would keep the arrays
 
 
 def _start(helpers: int) -> None:
-    """Have at least `helpers` workers wait for jobs."""
-    if len(_workers) >= helpers:
+    """Have `helpers` workers wait for jobs; fewer where the system gives no more threads."""
+    if len(_workers) >= helpers or sys.is_finalizing():  # a thread would not come up any more
         return
     with _starting:
         while len(_workers) < helpers:
             name = f"tinygrad_bn-{len(_workers)}"
             worker = threading.Thread(target=_serve, args=(_jobs,), name=name, daemon=True)
-            worker.start()
+            try:
+                worker.start()
+            except RuntimeError:  # "can't start new thread"
+                return
             _workers.append(worker)
 
 
 def _serve(jobs: SimpleQueue[tuple[contextvars.Context, _Job]]) -> None:
+    _local.busy = True
     while True:
         context, job = jobs.get()
         context.run(job.help)
