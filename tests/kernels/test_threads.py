@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinygrad_bn.kernels.cpu import blas, threads
+from tinygrad_bn.kernels.cpu import blas, memory, threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -154,6 +154,36 @@ def test_large_scratch_is_given_back():
     assert gone() is None
 
 
+@pytest.mark.skipif(blas._limit() is None, reason="NumPy's BLAS library is not known here")
+def test_products_get_their_threads_back_when_the_last_pass_is_done():
+    get, put = blas._limit()
+    before = get()
+    try:
+        put(2)
+        blas.hold("one")
+        blas.hold("another")
+        blas.release("one")
+        assert get() == 1
+        threads.set_num_threads(3)  # for later: the other pass goes on
+        assert (get(), blas.num_threads()) == (1, 3)
+        blas.release("another")
+        assert get() == 3
+    finally:
+        put(before)
+
+
+def test_where_no_thread_can_be_started_the_caller_does_it_all(monkeypatch):
+    monkeypatch.setattr(threads, "_workers", [])
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    seen = []
+    threads.parallel(lambda index: seen.append(threading.current_thread()), 5)
+    assert seen == [threading.current_thread()] * 5
+
+
 def test_an_interrupt_waits_until_no_thread_writes_any_more():
     """A thread that writes for half a second more, while the caller is told to stop, twice."""
     wrote, begun = [], threading.Event()
@@ -246,10 +276,14 @@ def test_the_number_of_threads_can_be_set():
         blas.set_num_threads(before)
 
 
-def python(code, **environment):
-    """Return what a new interpreter, in which warnings are errors, says when it runs `code`."""
+def python(code, strict=True, **environment):
+    """Return what a new interpreter says when it runs `code`, or the file of that name.
+
+    strict: warnings are errors.
+    """
+    options = ["-X", "dev", *(["-W", "error"] if strict else [])]
     run = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", code],
+        [sys.executable, *options, *([code] if code.endswith(".py") else ["-c", code])],
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
@@ -319,3 +353,136 @@ def test_a_forked_child_has_threads_of_its_own():
         os._exit(status)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_no_lock_that_another_thread_holds_is_locked_in_a_forked_child():
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        with blas._lock, threads._starting, memory._lock:
+            held.set()
+            release.wait(20)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(20)
+    child = os.fork()
+    if child == 0:
+        locks = blas._lock, threads._starting, memory._lock
+        os._exit(sum(not lock.acquire(timeout=1) for lock in locks))
+    release.set()
+    holder.join(20)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+FORK_WHILE_OTHERS_WORK = """
+import os, sys, threading, time
+import numpy as np
+from tinygrad_bn.kernels.cpu import blas, memory, threads
+
+threads.set_num_threads(2)
+stop = threading.Event()
+x = np.ones((300, 300), np.float32)
+
+def train():
+    while not stop.is_set():
+        threads.parallel(lambda index: (x @ x).sum(), 6)
+
+trainers = [threading.Thread(target=train) for _ in range(3)]
+for trainer in trainers:
+    trainer.start()
+failed = 0
+for i in range(20):
+    while blas._limit() and blas._before is None:
+        time.sleep(0)  # until a pass is under way
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            assert blas._before is None
+            ready = threading.Barrier(2, timeout=10)
+            threads.parallel(lambda index: ready.wait(), 2)
+            assert blas.num_threads() in (2, None)
+            status = 0
+        finally:
+            os._exit(status)
+    failed += os.waitpid(child, 0)[1] != 0
+stop.set()
+for trainer in trainers:
+    trainer.join()
+print(failed)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_child_of_one_thread_is_free_of_what_the_others_were_doing():
+    environment = {"PYTHONWARNINGS": "ignore::DeprecationWarning"}
+    out, err = python(FORK_WHILE_OTHERS_WORK, strict=False, **environment)
+    assert (out, err) == ("0", "")
+
+
+WORKERS = """
+import multiprocessing
+import numpy as np
+import tinygrad_bn as tg
+
+def work(seed):
+    x = tg.Tensor(np.random.default_rng(seed).standard_normal((300, 300)), requires_grad=True)
+    (x @ x).sum().backward()
+    return float(x.grad.data.sum())
+
+if __name__ == "__main__":
+    here = [work(i) for i in range(4)]
+    with multiprocessing.get_context({method!r}).Pool(2) as pool:
+        assert pool.map(work, range(4)) == here
+        print("same")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_worker_processes_of_any_kind_compute_the_same(tmp_path, method):
+    (tmp_path / "workers.py").write_text(WORKERS.format(method=method))
+    code = str(tmp_path / "workers.py")
+    environment = {"PYTHONWARNINGS": "ignore::DeprecationWarning", threads.VARIABLE: "2"}
+    assert python(code, strict=False, **environment) == ("same", "")
+
+
+ENDINGS = {
+    "idle threads": "threads.parallel(lambda i: None, 3)",
+    "a first pass in a finalizer at the end": """
+import os, sys
+
+class Late:
+    def __del__(self, threads=threads, write=os.write, ending=sys.is_finalizing):
+        seen = []
+        threads.parallel(seen.append, 3)
+        write(1, str((ending(), sorted(seen))).encode())
+
+late = Late()  # lives until the modules go
+""",
+    "a pass in an exit handler": """
+import atexit
+atexit.register(threads.parallel, lambda i: None, 3)
+""",
+    "a thread in the middle of a pass": """
+def train():
+    while True:
+        threads.parallel(lambda i: np.ones(1000).sum(), 3)
+
+threading.Thread(target=train, daemon=True).start()
+time.sleep(0.2)
+""",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_interpreter_ends_at_once_and_without_a_word(ending):
+    code = "import threading, time\nimport numpy as np\n"
+    code += "from tinygrad_bn.kernels.cpu import threads\nthreads.set_num_threads(3)\n"
+    out, err = python(code + ENDINGS[ending])
+    assert err == ""
+    assert out == ("(True, [0, 1, 2])" if "finalizer" in ending else "")

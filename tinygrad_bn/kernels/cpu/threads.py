@@ -54,12 +54,10 @@ def num_threads() -> int:
     global _count
     if _count is None:
         wish = os.environ.get(VARIABLE)
-        if wish:
-            set_num_threads(_checked(VARIABLE, wish))
-        else:
-            _count = available_cpus()
-            if (blas.num_threads() or 0) > _count:
-                blas.set_num_threads(_count)
+        count = _checked(VARIABLE, wish) if wish else available_cpus()
+        if wish or (blas.num_threads() or 0) > count:
+            blas.set_num_threads(count)
+        _count = count
     return _count
 
 
