@@ -16,7 +16,6 @@ from tests.ops.test_registry import (
     DIFFERENTIABLE,
     FLOAT64,
     LIBRARY,
-    ROUND_TO_TIES,
     TWICE,
     by_its_rules_in_longdouble,
     on_drawn_inputs,
@@ -122,9 +121,7 @@ def test_memory_layout_does_not_matter(name, answers):
     on_drawn_inputs(LIBRARY[name], testing.check_layouts, tgst.dtypes())
 
 
-@pytest.mark.parametrize(
-    ("name", "family"), [pair for pair in SERVED if pair[0] not in ROUND_TO_TIES]
-)
+@pytest.mark.parametrize(("name", "family"), SERVED)
 def test_float32_and_float16_agree_with_longdouble(name, answers):
     on_drawn_inputs(LIBRARY[name], by_its_rules_in_longdouble, tgst.dtypes())
 

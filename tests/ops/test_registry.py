@@ -31,9 +31,6 @@ from tinygrad_bn.testing.reference import gradient_by_rules
 LIBRARY = {name: op for name, op in REGISTRY.items() if op.__module__.startswith("tinygrad_bn.")}
 DIFFERENTIABLE = [name for name, op in LIBRARY.items() if op.differentiable and op.domain]
 TWICE = [name for name in DIFFERENTIABLE if LIBRARY[name].domain.order >= 2]
-#: Pixels of a window that differ in longdouble may be equal once rounded, and the gradient then
-#: goes to another of them: both are right.
-ROUND_TO_TIES = ("conv_block",)
 
 FLOAT64 = st.just("float64")
 
@@ -98,7 +95,7 @@ def test_memory_layout_does_not_matter(name):
     on_drawn_inputs(LIBRARY[name], check_layouts, tgst.dtypes())
 
 
-@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if name not in ROUND_TO_TIES])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_float32_and_float16_agree_with_longdouble(name):
     op = LIBRARY[name]
     on_drawn_inputs(op, by_its_rules_in_longdouble, tgst.dtypes())

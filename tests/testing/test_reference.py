@@ -14,6 +14,7 @@ from tinygrad_bn.testing import (
     verify,
     verify_batch_norm,
 )
+from tinygrad_bn.testing.reference import gradient_by_rules
 
 DTYPES = ("float64", "float32", "float16")
 
@@ -74,6 +75,27 @@ def test_infinity_is_right_where_the_right_value_overflows():
 def test_a_reference_that_is_nowhere_finite_is_inconclusive():
     with pytest.raises(Inconclusive, match="not finite"):
         check_reference(lambda x: x.log(), np.array([-1.0]), reference=np.log)
+
+
+def largest(x):
+    return (x + 1).max()
+
+
+def test_gradient_whose_side_of_a_kink_is_rounded_off_is_rejected():
+    # Added to 1, the first two tie in float32 and share the gradient; the second is larger.
+    x = np.float32([1e-9, 2e-9, -1.0])
+    options = {"reference": largest, "gradient": gradient_by_rules(largest)}
+    with pytest.raises(Inconclusive, match="which side of a kink"):
+        check_reference(largest, x, **options)
+    check_reference(largest, x.astype(np.float64), **options)
+
+
+def test_gradient_that_is_wrong_beside_a_kink_is_not_excused_by_it():
+    x = np.float32([1.0, 1.5, -1.0])
+    wrong = made(largest, x=lambda g: g * np.float32([1, 0, 0]))
+    with pytest.raises(GradCheckError) as caught:
+        check_reference(wrong, x, reference=largest, gradient=gradient_by_rules(largest))
+    assert caught.type is not Inconclusive
 
 
 def test_wrong_shape_is_caught():

@@ -269,8 +269,10 @@ def _check_together(
     return comparisons, [i for i in chosen if not comparisons or i not in group]
 
 
-#: How often inputs are nudged before a Hessian is called asymmetric.
-_NUDGES = 32
+#: How often inputs are nudged before a Hessian is called asymmetric, and by what share of them:
+#: far enough that every rounding falls out differently, also one of 1 - x for a tiny x. What is
+#: wrong hardly changes with so little; what is rounding does.
+_NUDGES, _NUDGE = 32, 2.0**-26
 
 
 def _require_symmetry(problem: SecondOrder, probe: Probe) -> None:
@@ -299,19 +301,19 @@ def _require_symmetry(problem: SecondOrder, probe: Probe) -> None:
     base, widest = tolerance, 0.0
     nudge_rng = np.random.default_rng((probe.seed, 20_000))
     # A last bit that flips in one nudge of ten can be all there is: asked for often before a
-    # verdict. 8 times the largest change, as for the analytic derivative.
+    # verdict. 8 times the largest change of the asymmetry, as for the analytic derivative.
     for _ in range(_NUDGES):
         if abs(left - right) <= tolerance:
             return
-        a, b, _ = products(nudged_all(problem.inputs, nudge_rng))
-        widest = max(widest, abs(a - left) + abs(b - right))
+        a, b, _ = products(nudged_all(problem.inputs, nudge_rng, _NUDGE))
+        widest = max(widest, abs((a - b) - (left - right)))
         tolerance = base + 8 * widest
     if not abs(left - right) <= tolerance:
         raise GradCheckError(
             f"check_double_grad: {problem.first.name}: its Hessian is not symmetric: "
             f"<w, H v> = {left:.9g} but <v, H w> = {right:.9g} for random v, w (tolerance "
-            f"{tolerance:.1e}: rounding, and what nudging the inputs changes); some rule does not "
-            f"belong to its forward"
+            f"{tolerance:.1e}: rounding, and how nudging the inputs changes that); some rule does "
+            f"not belong to its forward"
         )
 
 

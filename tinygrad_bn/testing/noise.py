@@ -27,21 +27,31 @@ def nudged(array: Array, rng: np.random.Generator) -> Array:
     return next(nudges(array, rng, 1))
 
 
-def nudges(array: Array, rng: np.random.Generator, times: int) -> Iterator[Array]:
-    """Yield `array` nudged `times` times. What is random goes to the array's device once."""
-    epsilon = backend.machine_epsilon(array.dtype)
+def nudges(
+    array: Array, rng: np.random.Generator, times: int, unit: float | None = None
+) -> Iterator[Array]:
+    """Yield `array` nudged `times` times. What is random goes to the array's device once.
+
+    unit: of each entry, by which it is moved -2 to 2 times; None is one in the last place.
+    """
+    unit = backend.machine_epsilon(array.dtype) if unit is None else unit
     drawn = rng.integers(-2, 3, (times, *array.shape), dtype=np.int8)
-    for ulps in backend.to_device(drawn, backend.device_of(array)):
+    for steps in backend.to_device(drawn, backend.device_of(array)):
         # Computed in float64 and rounded once, so that a narrow dtype moves by whole units too.
         wide = array.astype(backend.float64)
         result = backend.array_module(array).empty_like(array)
-        result[...] = wide + wide * (ulps.astype(backend.float64) * epsilon)
+        result[...] = wide + wide * (steps.astype(backend.float64) * unit)
         yield result
 
 
-def nudged_all(arrays: Sequence[Array], rng: np.random.Generator) -> list[Array]:
-    """Return every floating array nudged, the others as they are."""
-    return [nudged(a, rng) if a is not None and backend.is_floating(a.dtype) else a for a in arrays]
+def nudged_all(
+    arrays: Sequence[Array], rng: np.random.Generator, unit: float | None = None
+) -> list[Array]:
+    """Return every floating array nudged, by units as `nudges` has them, the others as they are."""
+    return [
+        next(nudges(a, rng, 1, unit)) if a is not None and backend.is_floating(a.dtype) else a
+        for a in arrays
+    ]
 
 
 def spread(

@@ -37,7 +37,8 @@ def search(
 
     test: raises GradCheckError on an input that it finds wrong, and Inconclusive to reject one.
 
-    The same seed draws the same inputs. The error has `examples`: how many inputs had been drawn
+    The same seed draws the same inputs while the same modules are loaded: Hypothesis also tries
+    numbers that it finds in their code. The error has `examples`: how many inputs had been drawn
     when the first one failed.
 
     Raises ModuleNotFoundError without Hypothesis.
