@@ -121,6 +121,19 @@ def test_a_family_whose_package_is_missing_is_passed_over(fused, monkeypatch):
     assert kernels.status("fused", op.kernels) == {"numpy": "not used: no numpy"}
 
 
+def test_the_status_names_what_a_gpu_lacks(monkeypatch):
+    monkeypatch.setattr(kernels.cuda, "unavailable_because", lambda: "there is no GPU")
+    modules = {"cuda": "a.module", "numpy": "another"}
+    assert kernels.status("fused", modules) == {
+        "cuda": "not used: there is no GPU",
+        "numpy": "usable",
+    }
+    monkeypatch.setattr(kernels.cuda, "unavailable_because", lambda: None)
+    assert kernels.status("fused", modules) == {"cuda": "usable", "numpy": "usable"}
+    with use_kernels("numpy"):
+        assert kernels.status("fused", modules)["cuda"] == "not used: 'numpy' was asked for"
+
+
 def test_a_kernel_module_without_vjp_leaves_the_derivative_to_the_rule(fused):
     op, asked = fused
     del sys.modules["fake_numpy_kernels"].vjp

@@ -110,9 +110,11 @@ _IN_FUNCTIONAL = frozenset({"concatenate", "stack"})
 
 
 def kernel_status() -> dict[str, dict[str, str]]:
-    """Return, for every op, which kernel family may serve it, or why it does not.
+    """Return, for every op, which kernel families may serve it here, and why the others do not.
 
-    An op without kernels, or none of whose families can be used, runs in its generic form.
+    `cuda` serves arrays on a GPU, `numba` and then `numpy` those on the CPU. An op without kernels,
+    or none of whose families can be used, runs in its generic form; so does a call that its kernels
+    decline, because it is small, say.
 
     >>> import tinygrad_bn as tg
     >>> tg.kernel_status()["tanh"]

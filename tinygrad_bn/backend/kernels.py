@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from functools import cache, lru_cache
 from typing import Any
 
+from tinygrad_bn.backend import cuda
 from tinygrad_bn.backend.arrays import backend_of
 
 VARIABLE = "TINYGRAD_BN_KERNELS"
@@ -95,11 +96,13 @@ def _load(module: str, kind: str) -> Callable[..., Any] | None:
 
 
 def status(name: str, modules: Mapping[str, str]) -> dict[str, str]:
-    """Return, for each family that op `name` has kernels for, "used first", "used" or why not."""
+    """Return, for each family that op `name` has kernels for, "usable" or why it is not used."""
     only = chosen()
     result = {}
     for family in modules:
         reason = unusable_because(family)
+        if reason is None and family == "cuda":
+            reason = cuda.unavailable_because()  # no array ever asks where there is no GPU
         if reason is None and only is not None and family != only:
             reason = f"{only!r} was asked for"
         result[family] = "usable" if reason is None else f"not used: {reason}"
