@@ -1,12 +1,15 @@
 """Memory that is used again: what somebody holds, in whatever form, is never given out twice."""
 
+import ctypes
 import gc
+import pickle
 import threading
 
 import numpy as np
 import pytest
 
 import tinygrad_bn as tg
+from tinygrad_bn import nn
 from tinygrad_bn.backend import is_view
 from tinygrad_bn.kernels.cpu import memory
 
@@ -34,10 +37,29 @@ def address(x):
         lambda x: memoryview(x),
         lambda x: np.asarray(memoryview(x)),
         lambda x: np.from_dlpack(x),
+        lambda x: x.__dlpack__(),
+        lambda x: np.frombuffer(x, np.uint8),
+        lambda x: np.ndarray((5,), buffer=x),
+        lambda x: np.lib.stride_tricks.sliding_window_view(x, 3, axis=0),
+        lambda x: np.broadcast_to(x, (2, *x.shape)),
+        lambda x: x.view(np.ma.MaskedArray),
+        lambda x: x.flat,
+        lambda x: np.nditer(x),
+        lambda x: x.ctypes.data_as(ctypes.c_void_p),
+        lambda x: np.ctypeslib.as_ctypes(x),
+        lambda x: (ctypes.c_char * 8).from_buffer(x),
+        lambda x: pickle.PickleBuffer(x),
+        lambda x: (row for row in x),
+        lambda x: tg.Tensor(x),
+        lambda x: tg.Tensor(x)[1:].numpy(),
+        lambda x: tg.Tensor(x).detach().reshape(-1),
         lambda x: {"deep": [x[0]]},
     ],
     ids=["itself", "a slice", "a transpose", "flat", "bytes", "a memoryview", "of that an array",
-         "through DLPack", "in a container"],
+         "through DLPack", "a DLPack capsule", "frombuffer", "its buffer", "windows", "broadcast",
+         "a subclass", "an iterator", "an nditer", "a pointer", "a C array", "a part as C",
+         "out of a pickle", "a generator", "a Tensor", "a Tensor's slice", "a Tensor's view",
+         "in a container"],
 )  # fmt: skip
 def test_memory_that_is_held_in_any_form_is_not_given_out(hold):
     x = memory.empty(SHAPE, np.float32)
@@ -75,6 +97,63 @@ def test_what_waits_is_bounded(monkeypatch):
     del arrays
     assert memory._waiting_bytes == 3 * 2**20
     assert sum(len(blocks) for blocks in memory._waiting.values()) == 3
+    memory.empty((4 * 2**20,), np.uint8)  # more than may wait at all
+    assert memory._waiting_bytes == 3 * 2**20
+
+
+def test_sizes_that_are_no_longer_wanted_make_room_for_others(monkeypatch):
+    monkeypatch.setattr(memory, "LIMIT", 8 * 2**20)
+    rng = np.random.default_rng(0)
+    most = 0
+    for _ in range(2000):  # as batches of every size, and images of every size, would ask for it
+        held = [memory.empty((int(size),), np.uint8) for size in rng.integers(2**17, 2**21, 5)]
+        del held
+        most = max(most, memory._waiting_bytes)
+        waiting = [block.size for blocks in memory._waiting.values() for block in blocks]
+        assert memory._waiting_bytes == sum(waiting) <= 8 * 2**20
+    assert most > 6 * 2**20
+    memory.empty((3 * 2**20,), np.uint8)
+    assert 3 * 2**20 in memory._waiting  # and not what came before
+
+
+def block(channels):
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2)
+    )
+
+
+def test_nothing_that_a_user_holds_changes_while_training_goes_on():
+    """Outputs, gradients and views of them, held in many forms through steps of other shapes."""
+    tg.manual_seed(0)
+    rng = np.random.default_rng(0)
+    forms = (
+        lambda a: a,
+        lambda a: a[1:],
+        lambda a: a.reshape(-1)[::7],
+        memoryview,
+        np.from_dlpack,
+        lambda a: tg.Tensor(a).detach(),
+    )
+    models = [block(channels) for channels in (16, 24)]
+    held: list[tuple] = []
+    for step in range(40):
+        model, size = models[step % 2], (30, 34)[step // 2 % 2]
+        images = tg.Tensor(rng.standard_normal((16, 3, size, size), np.float32), requires_grad=True)
+        middle = model[0](images)  # beside the fused block: the ops one by one
+        normal = model[1](middle)
+        out = model(images) + model[3](model[2](normal))
+        (out * out).sum().backward()
+        found = [images.grad, middle, normal, out, *(p.grad for p in model.parameters())]
+        keep = rng.choice(len(found), 3, replace=False)
+        for i in keep:
+            form = forms[int(rng.integers(len(forms)))](found[i].data)
+            held.append((form, np.array(getattr(form, "data", form), copy=True)))
+        if len(held) > 30:
+            del held[:: int(rng.integers(2, 5))]
+        model.zero_grad()
+        del found, out, normal, middle, images
+        for form, copy in held:
+            np.testing.assert_array_equal(getattr(form, "data", form), copy)
 
 
 def test_threads_never_share_an_array():

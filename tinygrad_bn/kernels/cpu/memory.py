@@ -20,12 +20,13 @@ from tinygrad_bn.backend import LentMemory
 
 # Smaller arrays are left to malloc, which keeps memory of their size at hand by itself.
 SMALLEST = 128 * 2**10
-# What waits for its next use at most, in bytes; more goes back to the system.
+# What waits for its next use at most, in bytes. Beyond it, the sizes that were not wanted for
+# longest go back to the system: those of another batch size, of a model that is gone.
 LIMIT = 256 * 2**20
 
 # Re-entrant: a collection of garbage may bring blocks back while one is being taken.
 _lock = threading.RLock()
-_waiting: dict[int, list[np.ndarray]] = {}
+_waiting: dict[int, list[np.ndarray]] = {}  # by size; the one last used is the last
 _waiting_bytes = 0
 
 
@@ -40,14 +41,8 @@ class _Block(LentMemory):
         }  # fmt: skip
 
     def __del__(self) -> None:
-        global _waiting_bytes
-        if sys.is_finalizing():  # modules may be gone already, and nothing need be kept
-            return
-        size = self.memory.size
-        with _lock:
-            if _waiting_bytes + size <= LIMIT:
-                _waiting_bytes += size
-                _waiting.setdefault(size, []).append(self.memory)
+        if not sys.is_finalizing():  # modules may be gone already, and nothing need be kept
+            _put(self.memory)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -63,20 +58,45 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     >>> empty((512, 512), "f4").ctypes.data == where
     True
     """
-    global _waiting_bytes
     dtype = np.dtype(dtype)
     wanted = math.prod(shape) * dtype.itemsize
     if wanted < SMALLEST:
         return np.empty(shape, dtype)
-    size = _rounded(wanted)
+    return np.asarray(_Block(_take(_rounded(wanted)), shape, dtype))
+
+
+def _put(memory: np.ndarray) -> None:
+    """Let `memory` wait for its next use."""
+    global _waiting_bytes
+    size = memory.size
+    if size > LIMIT:
+        return
     with _lock:
-        found = _waiting.get(size)
-        memory = found.pop() if found else None
-        if memory is not None:
-            _waiting_bytes -= size
-    if memory is None:
-        memory = np.empty(size, np.uint8)
-    return np.asarray(_Block(memory, shape, dtype))
+        blocks = _waiting.pop(size, [])
+        blocks.append(memory)
+        _waiting[size] = blocks
+        _waiting_bytes += size
+        while _waiting_bytes > LIMIT:
+            _drop(next(iter(_waiting)))
+
+
+def _take(size: int) -> np.ndarray:
+    """Return memory of `size` bytes: what waits, or else fresh."""
+    with _lock:
+        if size in _waiting:
+            return _drop(size)
+    return np.empty(size, np.uint8)
+
+
+def _drop(size: int) -> np.ndarray:
+    """Return a block of `size` bytes that waits no longer."""
+    global _waiting_bytes
+    blocks = _waiting[size]
+    memory = blocks.pop()
+    if not blocks:
+        del _waiting[size]
+    _waiting_bytes -= size
+    return memory
 
 
 def _forget() -> None:
