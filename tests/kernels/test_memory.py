@@ -116,6 +116,17 @@ def test_sizes_that_are_no_longer_wanted_make_room_for_others(monkeypatch):
     assert 3 * 2**20 in memory._waiting  # and not what came before
 
 
+def test_the_size_unused_for_longest_makes_room(monkeypatch):
+    monkeypatch.setattr(memory, "LIMIT", 4 * 2**20)
+    first, other, new = 2**20, 5 * 2**18, 3 * 2**19
+    two = [memory.empty((first,), np.uint8) for _ in range(2)]
+    del two
+    memory.empty((other,), np.uint8)
+    memory.empty((first,), np.uint8)  # in use again
+    memory.empty((new,), np.uint8)
+    assert {size: len(blocks) for size, blocks in memory._waiting.items()} == {first: 2, new: 1}
+
+
 def block(channels):
     return nn.Sequential(
         nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2)
