@@ -9,6 +9,7 @@ from tests.mutants import (
     layer_norm_kernels,
     ops_normalization,
     per_sample,
+    updates,
 )
 from tests.mutants.batch_norm_kernels import small_blocks
 from tests.mutants.mutant import Mutant
@@ -29,4 +30,5 @@ CONTROLS = (
     *per_sample.RIGHT,
     *compiled_kernels.RIGHT,
     *layer_norm_kernels.RIGHT,
+    *updates.RIGHT,
 )

@@ -14,6 +14,7 @@ from tests.mutants.batch_renorm import RENORM
 from tests.mutants.controls import CONTROLS
 from tests.mutants.layers import LAYERS
 from tests.mutants.mutant import Mutant
+from tests.mutants.updates import UPDATES
 from tinygrad_bn import testing
 
 #: Within so many examples every mutant must be found out.
@@ -25,6 +26,7 @@ FAMILIES: dict[str, Sequence[Mutant]] = {
     "Batch Renorm": RENORM,
     "layers": LAYERS,
     "ops": ops.MUTANTS,
+    "optimizers": UPDATES,
 }
 
 

@@ -35,7 +35,10 @@ class Adam(Optimizer):
     """
 
     slots = ("exp_avg", "exp_avg_sq")
-    kernels: ClassVar = {"cuda": "tinygrad_bn.kernels.cuda.adam"}
+    kernels: ClassVar = {
+        "numba": "tinygrad_bn.kernels.cpu.numba_adam",
+        "cuda": "tinygrad_bn.kernels.cuda.adam",
+    }
 
     def __init__(
         self,

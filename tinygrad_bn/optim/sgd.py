@@ -34,7 +34,10 @@ class SGD(Optimizer):
     """
 
     slots = ("momentum_buffer",)
-    kernels: ClassVar = {"cuda": "tinygrad_bn.kernels.cuda.sgd"}
+    kernels: ClassVar = {
+        "numba": "tinygrad_bn.kernels.cpu.numba_sgd",
+        "cuda": "tinygrad_bn.kernels.cuda.sgd",
+    }
 
     def __init__(
         self,

@@ -15,7 +15,8 @@ read-only.) `int` and `bool` are Python's.
 Compiled code holds no lock of Python's while it runs, so `threads.parallel` runs it side by side.
 It starts no threads of its own: Numba's must not be entered from several threads at once, nor after
 a fork. NaN and infinities keep their meaning. A sum is regrouped only where `sums=True` allows it,
-and then in the same way every time.
+and then in the same way every time. A product and a sum may be rounded once, as one operation,
+unless `each_rounded=True`: then the bits are those of the same operations in NumPy.
 
 Numba is imported by the first `of`, or by `usable()`. A kernel asks that after it has declined what
 is too small for it, so a program with small arrays alone never waits for the import.
@@ -63,26 +64,26 @@ def usable() -> bool:
     return True
 
 
-def compiled(signature: str = "", *, sums: bool = False) -> Callable[[Function], Compiled]:
+def compiled(
+    signature: str = "", *, sums: bool = False, each_rounded: bool = False
+) -> Callable[[Function], Compiled]:
     """Return the decorator that makes a function a `Compiled`; see the module's docstring.
 
     signature: "" for a function that only other compiled ones call.
     sums: additions may be regrouped, so that a sum may be kept as a vector of partial sums.
+    each_rounded: every operation is rounded by itself.
     """
-    return lambda function: Compiled(function, signature, sums)
+    freedom = {"contract", "reassoc", "nsz"} if sums else {"contract"}
+    return lambda function: Compiled(function, signature, set() if each_rounded else freedom)
 
 
 class Compiled:
     """A function that is compiled when it is first asked for."""
 
-    def __init__(self, function: Function, signature: str, sums: bool):
+    def __init__(self, function: Function, signature: str, freedom: set[str]):
         self.function = function
         self.parameters = re.split(r", (?![^\[]*\])", signature) if signature else []
-        self.options = {
-            "nogil": True,
-            "error_model": "numpy",
-            "fastmath": {"contract", "reassoc", "nsz"} if sums else {"contract"},
-        }
+        self.options = {"nogil": True, "error_model": "numpy", "fastmath": freedom}
         self._made: dict[tuple[Any, ...], Function] = {}
         self._inner: Function | None = None
         self.__doc__ = function.__doc__
@@ -91,6 +92,10 @@ class Compiled:
     def __call__(self, *args: Any) -> Any:
         """Run the function in Python, slowly: to step through it."""
         return self.function(*args)
+
+    def made(self, *dtypes: Any) -> bool:
+        """Return whether the function for these dtypes is there already."""
+        return dtypes in self._made
 
     def of(self, *dtypes: Any) -> Function:
         """Return the function for arguments of these dtypes, made now if it is not there yet."""
