@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import tinygrad_bn as tg
 from tinygrad_bn import functional as F
+from tinygrad_bn.backend.kernels import use_kernels
 from tinygrad_bn.ops.batch_norm import batch_norm, batch_norm_composite
 
 
@@ -102,6 +103,50 @@ def test_too_few_values_give_bias_no_gradient_and_leave_the_statistics(counting)
     assert (x.grad.numpy() == 0).all()
     np.testing.assert_allclose(bias.grad.numpy(), draw((4, 3), 2).sum(axis=0), rtol=1e-14)
     assert (mean == 0.5).all() and (var == 2.0).all()
+
+
+@pytest.mark.parametrize("family", ["generic", "numpy", "numba"])
+@pytest.mark.parametrize("rows", [6, 6000])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_too_few_values_are_divided_by_nothing_even_without_eps(family, rows, groups):
+    arrays = draw((rows, 3)), draw(3, 1), draw(3, 2)
+    x, weight, bias = (tg.Tensor(a, requires_grad=True) for a in arrays)
+    mask = np.ones((rows, 1))
+    mask[rows // groups - rows :] = 0
+    with use_kernels(family):
+        options = {"training": True, "eps": 0.0, "mask": mask, "groups": groups}
+        y = F.batch_norm(x, weight=weight, bias=bias, **options)
+        first = tg.grad(y, [x, weight, bias], draw((rows, 3), 3), create_graph=True)
+        second = tg.grad(sum((g * g).sum() for g in first), [x, weight])
+    for values in (y, *first, *second):
+        assert np.isfinite(values.numpy()).all()
+    counting = mask[:, 0] > 0
+    if groups == 1:
+        assert (first[1].numpy() == 0).all()
+    else:
+        _, alone, _ = tg.grad(
+            F.batch_norm(x[counting], weight=weight, bias=bias, training=True, eps=0.0),
+            [x, weight, bias],
+            draw((rows, 3), 3)[counting],
+        )
+        np.testing.assert_allclose(first[1].numpy(), alone.numpy(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (4, 3, 0), (4, 0, 2)])
+def test_an_empty_batch_has_zero_gradients_of_gradients(shape, groups, masked, eps):
+    channels = shape[1]
+    x, weight, bias = (tg.zeros(s, requires_grad=True) for s in (shape, channels, channels))
+    mask = np.ones([1 if i == 1 else n for i, n in enumerate(shape)]) if masked else None
+    options = {"training": True, "eps": eps, "mask": mask, "groups": groups}
+    y = F.batch_norm(x, weight=weight, bias=bias, **options)
+    first = tg.grad(y.sum(), [x, weight, bias], create_graph=True)
+    second = tg.grad(sum((g * g).sum() for g in first), [x, weight, bias], allow_unused=True)
+    for g, leaf in zip(first, (x, weight, bias), strict=True):
+        assert g.shape == leaf.shape and (g.numpy() == 0).all()
+    assert all(g is None or (g.numpy() == 0).all() for g in second)
 
 
 def test_groups_are_batches_of_their_own_and_make_one_step_of_the_statistics():

@@ -94,18 +94,25 @@ def sample_of(x: Any, mask: Any, axis: Axes, channels: Axes) -> Sample:
 def batch_statistics(x: Any, sample: Sample) -> tuple[Any, Any]:
     """Return the mean and the biased variance of each channel, with reduced axes of size 1.
 
-    x: array or Tensor, at least float64 wide; a NaN that does not count is not seen.
+    x: array or Tensor, at least float64 wide; a NaN that does not count is not seen. Where x is
+    empty or too few values count, the mean is 0 and the variance 1, to divide by even if ε is 0.
 
     Two passes, not E[x²] - E[x]², which cancels; and both relative to a value of the channel, so
     that a mean far larger than the spread costs no digits and a constant channel has mean exactly
     its constant and variance exactly 0. The statistics do not depend on the shift: it takes no
     part in the derivative.
     """
+    if x.size == 0:
+        mean = sample.mean(x)
+        return mean, mean + 1
     shift = _a_value_of(constant(x), sample)
     centred = sample.only(x - shift)
     mean = sample.mean(centred)
     centred = sample.only(centred - mean)
-    return shift + mean, sample.mean(centred * centred)
+    var = sample.mean(centred * centred)
+    if sample.counts is not None:
+        var = where(sample.total > 0, var, 1.0)
+    return shift + mean, var
 
 
 def _a_value_of(x: Any, sample: Sample) -> Any:
@@ -222,10 +229,7 @@ def batch_norm(
     wide, mask, kept, channels = in_groups(wide, mask, axis, groups)
     sample = sample_of(wide, mask, kept, channels)
     wide = sample.only(wide)
-    if wide.size == 0:
-        mean = var = sample.mean(wide)
-    else:
-        mean, var = batch_statistics(wide, sample)
+    mean, var = batch_statistics(wide, sample)
     out = normalize(wide, mean, var, weight, bias, channels, eps, sample)
     out = out.reshape(x.shape).astype(x.dtype)
     return saving(out, mean=mean, var=var, count=sample.total)
