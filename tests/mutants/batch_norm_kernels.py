@@ -205,7 +205,7 @@ KERNELS = [
     mutant("tail left out of the statistics", _K, "_statistics", without_tail_in_sums),
     mutant("tail left out of the backward sums", _K, "_sums_with_cotangent", without_tail_in_sums),
     mutant("tail not counted", Blocks, "__init__", counting_without_tail),
-    mutant("sums of each block's first row alone", _K, "_column_sums", first_row_alone),
+    mutant("sums of each block's first row alone", _K, "column_sums", first_row_alone),
     mutant("sums of the last block alone", Blocks, "fold", overwriting),
     mutant("sums of the first thread alone", Blocks, "share_out", first_thread_alone),
     mutant("sums folded along the wrong axis", Blocks, "fold", folding_the_wrong_axis),

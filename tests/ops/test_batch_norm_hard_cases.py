@@ -68,6 +68,22 @@ def test_with_relu_errors_are_within_the_bound_too(family, dtype, case):
     assert max(errors.values()) <= BOUNDS[dtype], errors
 
 
+@pytest.mark.parametrize(("dtype", "case"), CASES)
+def test_with_a_mask_over_as_many_nan_errors_are_within_the_bound_too(family, dtype, case):
+    case = replace(case, repeats=min(case.repeats, 1000))
+
+    def masked(x, **options):
+        # Each sample is followed by one of NaN, which does not count and takes no cotangent.
+        rows, shape = len(x), x.shape[1:]
+        both = tg.stack([x, tg.full(x.shape, np.nan, dtype=x.dtype)], axis=1)
+        mask = np.tile([3, 0], rows).reshape(-1, *[1] * len(shape))
+        y = F.batch_norm(both.reshape((2 * rows, *shape)), mask=mask, **options)
+        return y.reshape((rows, 2, *shape))[:, 0]
+
+    found = case.errors(**run(case, masked))
+    assert max(found.values()) <= BOUNDS[dtype], found
+
+
 @pytest.mark.parametrize("case", [*hard_cases("float16")], ids=lambda case: case.name)
 def test_float16_is_float32_work_rounded_once(family, case):
     found, want = run(case), case.expected()

@@ -77,6 +77,20 @@ def test_groups_keep_two_vectors_each(family, groups):
     assert size <= y.data.nbytes + LITTLE
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_mask_is_kept_as_it_is(family, axis, dtype):
+    x, weight, bias = leaves(axis, dtype)
+    mask = np.ones((32, 1, 24, 24) if axis == 1 else (32, 24, 24, 1), np.float32)
+    mask[::2, ::3] = 0
+
+    def forward():
+        return F.batch_norm(x, weight=weight, bias=bias, training=True, axis=axis, mask=mask)
+
+    size, y = kept(forward)
+    assert size <= y.data.nbytes + LITTLE
+
+
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_with_relu_no_mask_above_a_byte_an_element_is_kept(family, with_residual, dtype):

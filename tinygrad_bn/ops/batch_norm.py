@@ -279,8 +279,8 @@ def _(
 
 
 batch_norm.use_kernels(
-    numba="tinygrad_bn.kernels.cpu.numba_batch_norm",
-    numpy="tinygrad_bn.kernels.cpu.numpy_batch_norm",
+    numba="tinygrad_bn.kernels.cpu.numba_masked_batch_norm",
+    numpy="tinygrad_bn.kernels.cpu.numpy_masked_batch_norm",
     cuda="tinygrad_bn.kernels.cuda.batch_norm",
 )
 

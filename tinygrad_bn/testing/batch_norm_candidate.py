@@ -154,10 +154,10 @@ def _copied(array: np.ndarray) -> np.ndarray:
 
 
 def plain_function(
-    candidate: Candidate, drawn: Any, training: bool, running: bool = False
+    candidate: Candidate, drawn: Any, training: bool, running: bool = False, **features: Any
 ) -> Callable[..., Any]:
     """Return the candidate as a function of x, weight and bias, with a state of its own each call,
-    for the checkers of functions."""
+    for the checkers of functions. features: a mask, or what else it is to be called with."""
 
     def batch_norm(x: Any, weight: Any = None, bias: Any = None) -> Any:
         state = None
@@ -172,6 +172,7 @@ def plain_function(
             momentum=drawn.momentum,
             eps=drawn.eps,
             axis=drawn.axis,
+            **features,
         )
 
     batch_norm.__name__ = candidate.name

@@ -10,7 +10,8 @@ import numpy as np
 
 from tinygrad_bn.autograd import grad
 from tinygrad_bn.tensor import Tensor
-from tinygrad_bn.testing.batch_norm_candidate import Candidate, Pass
+from tinygrad_bn.testing.agreement import check_layouts
+from tinygrad_bn.testing.batch_norm_candidate import Candidate, Pass, plain_function
 from tinygrad_bn.testing.batch_norm_checks import one_of, require, want
 from tinygrad_bn.testing.batch_norm_samples import sampled
 from tinygrad_bn.testing.errors import GradCheckError
@@ -89,6 +90,16 @@ def second_order(candidate: Candidate, d: Any) -> None:
                 )
 
 
+def masked_layouts(candidate: Candidate, d: Any) -> None:
+    """Right, and the same however x lies in memory: a mask goes by its axes."""
+    d = in_positions(d)
+    mask = frequencies(d, whole=False)
+    right, _ = sampled(d, frequency=mask)
+    done = Pass(candidate, d, mask=mask)
+    require(right, y=done.y, **done.gradients())
+    check_layouts(plain_function(candidate, d, True, mask=mask), d.x, d.weight, d.bias)
+
+
 def _twice(fn: Callable[..., Any], given: list[Any], d: Any) -> list[np.ndarray]:
     """Return the gradients of the sum of the squares of the gradients."""
     tensors = [None if a is None else Tensor(a.copy(), requires_grad=True) for a in given]
@@ -130,16 +141,17 @@ def several_axes(candidate: Candidate, d: Any) -> None:
         raise GradCheckError(f"with axis={axes} of x {list(wide.x.shape)}: {error}") from None
 
 
-def frequencies(d: Any, parts: int = 1, few: int | None = None) -> np.ndarray:
+def frequencies(d: Any, parts: int = 1, few: int | None = None, whole: bool = True) -> np.ndarray:
     """Return a mask for a batch: of samples or of single values; counts, booleans or weights.
 
     parts: into how many groups the batch will be cut; each is left at least two values that count.
     few: how many values one of the parts is left instead.
+    whole: whether it may be one of samples.
     """
     rng = np.random.default_rng(d.x.size)
     kind = one_of(4, d)
     shape = [1 if i == d.axis % d.x.ndim else n for i, n in enumerate(d.x.shape)]
-    if kind % 2 and d.x.shape[0] >= 3 * parts:  # whole samples
+    if whole and kind % 2 and d.x.shape[0] >= 3 * parts:
         shape = [n if i == 0 else 1 for i, n in enumerate(shape)]
     often = rng.integers(0, 3, shape).astype(d.x.dtype)
     spoilt = one_of(parts, d) if few is not None else None
@@ -163,3 +175,13 @@ def in_parts(d: Any) -> Any:
         x=np.concatenate([d.x, other]),
         cotangent=np.concatenate([d.cotangent, d.cotangent * 0.5]),
     )
+
+
+def in_positions(d: Any) -> Any:
+    """Return a batch with one axis more, of three positions: x, turned round, and stretched."""
+
+    def stacked(a: np.ndarray) -> np.ndarray:
+        many = [a, a[::-1], (a.astype(np.float64) * 1.5).astype(a.dtype)]
+        return np.stack(many, axis=1 if d.axis == -1 else a.ndim)
+
+    return replace(d, x=stacked(d.x), cotangent=stacked(d.cotangent))

@@ -71,6 +71,7 @@ CHECKS = (
     Check("second order", modes.second_order, 14, _SECOND),
     Check("masked second order", samples.second_order, 6, _SECOND, ("mask",)),
     Check("layouts", modes.layouts, 14, _TAME),
+    Check("masked layouts", samples.masked_layouts, 7, _TAME, ("mask",)),
 )
 
 #: Examples of each check in the first round, so that each has its say early.

@@ -37,9 +37,12 @@ class Channels:
     """How to hand over tensors of one shape, channel axes and order in memory.
 
     groups: into how many tensors axis 0 is split, each with statistics of its own.
+    may_spread: whether whole samples may be taken for rows.
     """
 
-    def __init__(self, shape: Axes, axis: Axes, order: Axes, groups: int = 1):
+    def __init__(
+        self, shape: Axes, axis: Axes, order: Axes, groups: int = 1, may_spread: bool = True
+    ):
         sizes = [shape[i] for i in order]
         first = order.index(axis[0])
         self.order = order
@@ -53,7 +56,7 @@ class Channels:
         kept = tuple(size if i in axis else 1 for i, size in enumerate(shape))
         self.kept_shape = kept if groups == 1 else (groups, *kept)
         period = self.channels * self.run
-        self.spreads = self.run < SHORTEST_RUN and period <= LONGEST_ROW
+        self.spreads = may_spread and self.run < SHORTEST_RUN and period <= LONGEST_ROW
         self.repeats = min(samples, -(-SHORTEST_ROW // period)) if self.spreads else 1
         self.row = self.repeats * period
         self.rows_of_samples, tail = divmod(samples, self.repeats)
@@ -98,15 +101,16 @@ class Channels:
         parts = self.parts()
         threads.parallel(lambda i: work(*parts[i]), len(parts))
 
-    def sums(self, add: Callable[[slice, int, Array], Any]) -> Array:
-        """Return the rows `sums` to which `add(part, columns, sums)` adds: (shares, 2, entries)."""
+    def sums(self, add: Callable[[slice, int, Array], Any], rows: int = 2) -> Array:
+        """Return the `rows` rows `sums` to which `add(part, columns, sums)` adds, for each share:
+        (shares, rows, entries)."""
         parts = self.parts()
-        sums = np.zeros((len(parts), 2, self.columns + PADDING))
+        sums = np.zeros((len(parts), rows, self.columns + PADDING))
         threads.parallel(lambda i: add(*parts[i], sums[i]), len(parts))
         return sums
 
 
-def channels_of(x: Array, axis: Axes, groups: int = 1) -> Channels | None:
+def channels_of(x: Array, axis: Axes, groups: int = 1, may_spread: bool = True) -> Channels | None:
     """Return how x is handed over, or None if it is too small, or of a dtype not served."""
     if x.size < SMALLEST * groups or x.dtype not in (np.float32, np.float64):
         return None
@@ -115,7 +119,7 @@ def channels_of(x: Array, axis: Axes, groups: int = 1) -> Channels | None:
     order = memory_order(x, axis) or _order_of_a_copy(x.ndim, axis)
     if groups > 1 and order[0] != 0:
         return None
-    return Channels(x.shape, axis, order, groups)
+    return Channels(x.shape, axis, order, groups, may_spread)
 
 
 def _order_of_a_copy(ndim: int, axis: Axes) -> Axes:

@@ -186,7 +186,7 @@ def affine(
     high = _high_part(blocks, mean, var, near)
     low = mean if high is None else mean - high
     constant = -low * scale if bias is None else bias.ravel() - low * scale
-    vectors = _narrowed(blocks, scale, constant, *([] if high is None else [high]))
+    vectors = narrowed(blocks, scale, constant, *([] if high is None else [high]))
     if vectors is None:
         return False
 
@@ -229,7 +229,7 @@ def _statistics_about(blocks: Blocks, laid: Array, shift: Array | None) -> tuple
                 d = widen(x, "x")
                 if spread:
                     d = np.subtract(d, spread[0], out=_scratch("d", blocks, x))
-                blocks.fold(total[0], _column_sums(d), task.left, task.right)
+                blocks.fold(total[0], column_sums(d), task.left, task.right)
                 squares = np.einsum("rk,rk->k", d, d)
                 blocks.fold(total[1], squares, task.left, task.right)
         return total
@@ -275,7 +275,7 @@ def _sums_with_cotangent(
                 g, d = widen(g, "g"), widen(x, "x")
                 if spread:
                     d = np.subtract(d, spread[0], out=_scratch("d", blocks, x))
-                blocks.fold(total[0], _column_sums(g), task.left, task.right)
+                blocks.fold(total[0], column_sums(g), task.left, task.right)
                 blocks.fold(total[1], np.einsum("rk,rk->k", g, d), task.left, task.right)
         return total
 
@@ -307,7 +307,7 @@ def _combine(
     out: Array,
 ) -> bool:
     """Write scale · g + slope · (x - high) + constant into `out`; return as `affine` does."""
-    vectors = _narrowed(blocks, scale, slope, constant, *([] if high is None else [high]))
+    vectors = narrowed(blocks, scale, slope, constant, *([] if high is None else [high]))
     if vectors is None:
         return False
 
@@ -329,7 +329,7 @@ def _combine(
     return True
 
 
-def _column_sums(block: Array) -> Array:
+def column_sums(block: Array) -> Array:
     """Return the sum of each column: a matrix product is the fastest sum over rows there is."""
     if len(block) == 1:
         return block[0]
@@ -340,7 +340,7 @@ def _scratch(name: str, blocks: Blocks, like: Array) -> Array:
     return threads.scratch(name, like.shape, blocks.dtype)
 
 
-def _narrowed(blocks: Blocks, *vectors: Array) -> list[Array] | None:
+def narrowed(blocks: Blocks, *vectors: Array) -> list[Array] | None:
     """Return values per channel in the dtype of the work, None where one is beyond its range."""
     for vector in vectors:
         size = np.abs(vector)

@@ -1,0 +1,187 @@
+"""Batch norm in compiled loops, with a mask: as `numba_batch_norm`, which serves without one.
+
+A mask is the same in all channels, so its shares p are a number for each sample and position:
+little beside x. With them, for d = x - shift,
+
+    mean = shift + Σ p d      var = Σ p d² - (Σ p d)²      gx = γ s (g - p (Σ g + x̂ Σ g x̂))
+
+and the shift is the value with the largest share, from which no sum can cancel by more than the
+number of values. What does not count is not looked at: y is β there, gx is 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tinygrad_bn.backend import saving
+from tinygrad_bn.kernels.cpu import numba_batch_norm
+from tinygrad_bn.kernels.cpu.channels import Array, Axes, Channels, channels_of
+from tinygrad_bn.kernels.cpu.compiled import usable
+from tinygrad_bn.kernels.cpu.numba_batch_norm import NUMBERS, affine, one_each, over_groups
+from tinygrad_bn.kernels.cpu.numba_masked_channels import (
+    add_moments,
+    add_products,
+    combine,
+    normalize,
+)
+from tinygrad_bn.kernels.cpu.numba_vectors import moments, slopes
+from tinygrad_bn.kernels.cpu.shares import shares_of
+
+
+def forward(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    *,
+    axis: Axes,
+    eps: float,
+    groups: int = 1,
+) -> Any:
+    """Return what `ops.batch_norm.batch_norm` returns, or NotImplemented."""
+    if mask is None:
+        return numba_batch_norm.forward(x, weight, bias, axis=axis, eps=eps, groups=groups)
+    channels = channels_of(x, axis, groups, may_spread=False)
+    if channels is None or not usable():
+        return NotImplemented
+    shares = shares_of(mask, x.shape, axis, channels.order, groups)
+    if shares is None:
+        return NotImplemented
+    share, total = shares
+    laid, out = channels.lay(x), channels.empty(x.dtype)
+    parts = out.reshape(groups, -1)
+    gamma, beta = one_each(weight), one_each(bias)
+    otherwise = channels.rows(1, x.dtype)[0]
+    otherwise[: len(beta)] = beta
+    found = np.empty((groups, 2, channels.channels))
+    served = [False] * groups
+    loop, inner = normalize.of(x.dtype), channels.inner
+
+    def one(i: int) -> None:
+        found[i] = _statistics(channels, laid[i], share[i])
+        vectors = affine(channels, x.dtype, found[i], gamma, beta, eps)
+        if vectors is None:
+            return
+
+        def write(part: slice, columns: int) -> None:
+            own = _part(share[i], part, columns)
+            loop(laid[i][part], own, vectors, otherwise, columns, inner, parts[i][part])
+
+        channels.share_out(write)
+        served[i] = True
+
+    over_groups(one, groups)
+    if not all(served):
+        return NotImplemented
+    mean, var = (found[:, k].reshape(channels.kept_shape) for k in (0, 1))
+    count = total.reshape((-1,) * (groups > 1) + (1,) * x.ndim)
+    return saving(channels.back(out), mean=mean, var=var, count=count)
+
+
+def vjp(
+    g: Array,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    mask: Array | None,
+    mean: Array,
+    var: Array,
+    axis: Axes,
+    eps: float,
+    groups: int,
+    needs: tuple[bool, ...],
+) -> Any:
+    """Return what the rule of `ops.batch_norm.batch_norm` returns, or NotImplemented."""
+    if mask is None:
+        return numba_batch_norm.vjp(g, x, weight, bias, None, mean, var, axis, eps, groups, needs)
+    channels = channels_of(x, axis, groups, may_spread=False)
+    if channels is None or g.dtype != x.dtype or not g.flags.aligned or not usable():
+        return NotImplemented
+    shares = shares_of(mask, x.shape, axis, channels.order, groups)
+    if shares is None:
+        return NotImplemented
+    share, _ = shares
+    laid, laid_g, gx = channels.lay(x), channels.lay(g), channels.empty(x.dtype)
+    parts = gx.reshape(groups, -1)
+    found = np.stack([mean.reshape(groups, -1), var.reshape(groups, -1)], axis=1)
+    gamma, beta = one_each(weight), one_each(bias)
+    sums: list[Any] = [None] * groups
+
+    def one(i: int) -> None:
+        vectors = affine(channels, x.dtype, found[i], gamma, beta, eps)
+        if vectors is not None:
+            sums[i] = _vjp_of_group(
+                channels, laid_g[i], laid[i], share[i], found[i], gamma, eps, vectors,
+                parts[i] if needs[0] else None,
+            )  # fmt: skip
+
+    over_groups(one, groups)
+    if any(each is None for each in sums):
+        return NotImplemented
+    shape = tuple(x.shape[a] for a in axis)
+    gweight, gbias = (total.reshape(shape) for total in np.sum(sums, axis=0))
+    gx = channels.back(gx) if needs[0] else None
+    return gx, gweight if needs[1] else None, gbias if needs[2] else None, None
+
+
+def _part(share: Array, part: slice, columns: int) -> Array:
+    """Return the shares of the samples in `part`, a slice of a laid group."""
+    return share[part.start // columns : part.stop // columns]
+
+
+def _statistics(channels: Channels, laid: Array, share: Array) -> Array:
+    """Return mean and biased variance of each channel, float64: 0 and 1 if nothing counts."""
+    C, S = channels.channels, channels.run
+    found = np.repeat([[0.0], [1.0]], C, axis=1)
+    sample, position = divmod(int(np.argmax(share)), S)
+    if share[sample * S + position] == 0:
+        return found
+    (shift,) = channels.rows(1)
+    shift[:C] = laid.reshape(-1, C, S)[sample, :, position]
+    add = add_moments.of(laid.dtype)
+    sums = channels.sums(
+        lambda part, columns, sums: add(
+            laid[part], _part(share, part, columns), shift, columns, S, sums
+        )
+    )
+    moments.of()(sums, shift, C, *channels.spreading, 1, found)
+    return found
+
+
+def _vjp_of_group(
+    channels: Channels,
+    laid_g: Array,
+    laid: Array,
+    share: Array,
+    found: Array,
+    weight: Array,
+    eps: float,
+    vectors: Array,
+    gx: Array | None,
+) -> Array | None:
+    """Return Σ g x̂ and Σ g of each channel, after writing gx, if it is wanted; None to decline."""
+    dtype, inner = laid.dtype, channels.inner
+    add, write = add_products.of(dtype), combine.of(dtype)
+
+    def add_part(part: slice, columns: int, sums: Array) -> None:
+        own = _part(share, part, columns)
+        add(laid_g[part], laid[part], own, vectors, columns, inner, sums)
+
+    sums = channels.sums(add_part, rows=3)
+    grads = np.empty((2, channels.channels))
+    # The shares are in the loops: to the numbers per channel, a mean is a sum.
+    options = 1, NUMBERS[dtype], *channels.spreading
+    if not slopes.of(dtype)(sums, found, weight, eps, *options, vectors, grads):
+        return None
+    if gx is not None:
+
+        def write_part(part: slice, columns: int) -> None:
+            own = _part(share, part, columns)
+            write(laid_g[part], laid[part], own, vectors, columns, inner, gx[part])
+
+        channels.share_out(write_part)
+    # What does not count takes β: its cotangents go there too.
+    grads[1] = sums[:, 2, : channels.channels].sum(axis=0)
+    return grads
