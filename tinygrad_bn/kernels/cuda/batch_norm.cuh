@@ -309,7 +309,8 @@ __device__ __forceinline__ void add_moments(double (&sums)[LANES * 2], const Pac
   }
 }
 
-// From a channel's sums: its mean and variance, written where they are wanted, and y = γ x̂ + β.
+// From a channel's sums: its mean and variance, written where they are wanted, and y = γ x̂ + β. Where
+// nothing counts they are 0 and 1: one can divide by them.
 __device__ Affine moments_to_affine(const double* sums, const E* x, const Mask& mask,
                                     const Shape& shape, const Team& team, int slot,
                                     const Channels& of, double* mean, double* var) {
@@ -318,7 +319,7 @@ __device__ Affine moments_to_affine(const double* sums, const E* x, const Mask& 
   double count = mask.count(shape, team.group);
   double offset = count > 0 ? sums[0] / count : 0;
   double found = shift(x, mask, shape, team.group, c) + offset;
-  double spread = count > 0 ? sums[1] / count - offset * offset : 0;
+  double spread = count > 0 ? sums[1] / count - offset * offset : 1;
   spread = spread < 0 ? 0 : spread;  // NaN passes
   if (mean) {
     mean[at] = found;
