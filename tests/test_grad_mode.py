@@ -54,6 +54,46 @@ def test_one_instance_may_be_entered_again_inside_itself():
         assert not tg.is_grad_enabled()
 
 
+def test_threads_that_share_an_instance_each_get_their_own_mode_back():
+    shared, meet, found = tg.no_grad(), threading.Barrier(2, timeout=20), []
+
+    def with_grad():
+        meet.wait()  # the first is inside, without grad
+        with shared:
+            meet.wait()
+        meet.wait()  # the other has left last
+        found.append(tg.is_grad_enabled())
+
+    def without_grad():
+        with tg.no_grad():
+            with shared:
+                meet.wait()
+                meet.wait()
+            found.append(not tg.is_grad_enabled())
+            meet.wait()
+
+    runs = [threading.Thread(target=run) for run in (with_grad, without_grad)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(20)
+    assert found == [True, True]
+
+
+def test_a_generator_closed_in_another_thread_leaves_that_ones_mode_alone():
+    def steps():
+        with tg.no_grad():
+            yield
+
+    opened = steps()
+    opener = threading.Thread(target=next, args=(opened,))
+    opener.start()
+    opener.join(20)
+    with tg.no_grad():
+        opened.close()
+        assert not tg.is_grad_enabled()
+
+
 def test_a_decorated_function_keeps_its_name_result_and_callers_mode():
     @tg.no_grad()
     def function(a, *, b):

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
+from threading import get_ident
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
@@ -27,16 +28,17 @@ class _GradMode:
     """Set grad mode for a `with` block, a decorated function or a decorated generator's steps.
 
     The former value is restored by value, not by a context-variable token: a generator may be
-    closed in another context than it was opened in, where a token would be refused.
+    closed in another context than it was opened in, where a token would be refused. Threads that
+    share an instance each restore their own.
     """
 
     enabled: ClassVar[bool]
 
     def __init__(self) -> None:
-        self._before: list[bool] = []
+        self._before: dict[int, list[bool]] = {}
 
     def __enter__(self) -> None:
-        self._before.append(_grad_enabled.get())
+        self._before.setdefault(get_ident(), []).append(_grad_enabled.get())
         _grad_enabled.set(self.enabled)
 
     def __exit__(
@@ -45,7 +47,9 @@ class _GradMode:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _grad_enabled.set(self._before.pop())
+        before = self._before.get(get_ident())
+        if before:  # not so where a generator is closed in a thread that it was not opened in
+            _grad_enabled.set(before.pop())
 
     def __call__(self, function: F) -> F:
         mode = type(self)

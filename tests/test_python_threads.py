@@ -1,0 +1,272 @@
+"""Several Python threads at once, switching as often as they can: each gets what it would alone.
+
+What threads share is state of the module: compiled code, plans of ops, memory that waits, the
+workers, BLAS, the clock of the tape. Threads switch as often as Python lets them, which is at calls
+and loops only. In the files that share state by locks (`WATCHED`) some tests make a thread give
+way between any two bytecodes as well, as one without Python's global lock may.
+"""
+
+import gc
+import itertools
+import sys
+import threading
+import time
+from queue import SimpleQueue
+
+import numpy as np
+import pytest
+
+import tinygrad_bn as tg
+from tinygrad_bn import functional as F
+from tinygrad_bn import nn, optim
+from tinygrad_bn.kernels.cpu import blas, memory, threads
+
+THREADS = 6
+WATCHED = {module.__file__ for module in (blas, memory, threads)}
+
+
+@pytest.fixture(autouse=True)
+def switching_all_the_time(monkeypatch):
+    monkeypatch.setattr(threads, "_count", 3)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def giving_way_anywhere(monkeypatch):
+    """Have threads that start inside of the test pause now and then at any bytecode of WATCHED."""
+    countdown = itertools.count()
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename not in WATCHED:
+            return None
+        frame.f_trace_opcodes = True
+        if next(countdown) % 7 == 0:
+            time.sleep(1e-6)
+        return trace
+
+    # Workers of its own, for they have to be watched too.
+    monkeypatch.setattr(threads, "_workers", [])
+    monkeypatch.setattr(threads, "_jobs", SimpleQueue())
+    threading.settrace(trace)
+    yield
+    threading.settrace(None)
+
+
+def at_once(function):
+    """Return what `function(i)` gives for each i, from as many threads that begin together."""
+    found, barrier = [None] * THREADS, threading.Barrier(THREADS, timeout=60)
+
+    def run(i):
+        barrier.wait()
+        try:
+            found[i] = function(i)
+        except BaseException as error:
+            found[i] = error
+
+    runs = [threading.Thread(target=run, args=(i,)) for i in range(THREADS)]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join(120)
+    errors = [error for error in found if isinstance(error, BaseException)]
+    if errors:
+        raise errors[0]
+    return found
+
+
+def trained(i, steps=3):
+    """Return the parameters, averages and losses of a small network after some steps."""
+    rng = np.random.default_rng(i)
+
+    def drawn(*shape):
+        return rng.standard_normal(shape, np.float32)
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(8 * 15 * 15, 10),
+    )  # fmt: skip
+    with tg.no_grad():
+        for parameter in model.parameters():
+            parameter.data[...] = 0.05 * drawn(*parameter.shape)
+    optimizer = optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        images, labels = tg.Tensor(drawn(16, 3, 32, 32)), rng.integers(0, 10, 16)
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return [losses, *(np.array(value) for value in model.state_dict().values())]
+
+
+def assert_same(found, expected):
+    for mine, alone in zip(found, expected, strict=True):
+        for a, b in zip(mine, alone, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_models_that_are_trained_side_by_side_come_out_as_alone():
+    alone = [trained(i) for i in range(THREADS)]
+    assert_same(at_once(trained), alone)
+    assert blas._before is None
+
+
+def test_the_first_use_of_everything_may_be_everybodys():
+    """Plans of ops, and the caches of shapes, are made anew by all threads at once."""
+    from tinygrad_bn.kernels.cpu import conv_block_plan
+    from tinygrad_bn.op import REGISTRY
+
+    alone = [trained(i, steps=1) for i in range(THREADS)]
+    for _ in range(5):
+        for op in REGISTRY.values():
+            op._plans.clear()
+        conv_block_plan._plan.cache_clear()
+        assert_same(at_once(lambda i: trained(i, steps=1)), alone)
+
+
+def test_one_model_may_answer_many_threads():
+    tg.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 50)).eval()
+    x = [tg.Tensor(np.random.default_rng(i).random((64, 300), np.float32)) for i in range(THREADS)]
+    alone = [[model(one).numpy()] for one in x]
+
+    def answers(i):
+        out = []
+        for _ in range(10):
+            with tg.no_grad():
+                out.append(model(x[i]).numpy())
+            assert tg.is_grad_enabled()
+        (g,) = tg.grad(model(x[i]).sum(), model[0].weight)  # nobody's .grad is touched
+        assert g.shape == (200, 300)
+        return out
+
+    for found, expected in zip(at_once(answers), alone, strict=True):
+        for out in found:
+            np.testing.assert_array_equal(out, expected[0])
+
+
+def test_the_tape_of_each_thread_keeps_its_order():
+    """A long chain that branches: a node visited too early would lose a part of the gradient."""
+
+    def gradient(i):
+        x = tg.tensor([1.0 + i / 10], dtype="float64", requires_grad=True)
+        y = x
+        for _ in range(300):
+            y = y * 0.5 + x * 0.25 + y * 0.25
+        y.backward()
+        return x.grad.item()
+
+    expected = 0.75**300 + 0.25 * sum(0.75**k for k in range(300))
+    np.testing.assert_allclose(at_once(gradient), expected, rtol=1e-12)
+
+
+def test_memory_that_waits_is_nobodys_twice(giving_way_anywhere):
+    """Blocks that change hands between threads, some brought back by the collector of garbage."""
+    shapes = [(40_000 + 9_000 * k,) for k in range(4)]
+    shared: list = []
+
+    class Cycle:
+        def __init__(self, array):
+            self.array, self.me = array, self
+
+    def work(i):
+        rng = np.random.default_rng(i)
+        held = []
+        for step in range(60):
+            x = memory.empty(shapes[int(rng.integers(4))], np.float32)
+            x.fill(i)
+            held.append(x[1:] if step % 2 else x)
+            shared.append(held[-1])
+            if len(shared) > 10:
+                del shared[:5]  # whoever is last lets go of it, wherever that is
+            if step % 7 == 0:
+                Cycle(memory.empty(shapes[0], np.float32))
+            if step % 20 == 0:
+                gc.collect()
+            for array in held:
+                assert (array == i).all()
+            del held[: int(rng.integers(0, 3))]
+
+    at_once(work)
+    shared.clear()
+    gc.collect()
+    waiting = [block for blocks in memory._waiting.values() for block in blocks]
+    assert len({block.ctypes.data for block in waiting}) == len(waiting)
+    assert sum(block.size for block in waiting) == memory._waiting_bytes <= memory.LIMIT
+
+
+def test_passes_of_many_threads_do_each_index_once(giving_way_anywhere):
+    def passes(i):
+        for count in range(1, 20):
+            seen = []
+            threads.parallel(seen.append, count)
+            assert sorted(seen) == list(range(count))
+
+    at_once(passes)
+    assert blas._before is None
+    assert not blas._holders
+
+
+@pytest.mark.skipif(blas._limit() is None, reason="NumPy's BLAS library is not known here")
+def test_products_keep_to_one_thread_until_the_last_pass_ends(giving_way_anywhere):
+    get, put = blas._limit()
+    meet = threading.Barrier(THREADS, timeout=60)
+
+    def holds(i):
+        for n in range(40):
+            if n % 2 == 0:
+                meet.wait()  # all begin, or many end while others begin
+            blas.hold((i, n))
+            assert get() == 1
+            blas.release((i, n))
+
+    before = get()
+    try:
+        put(2)
+        at_once(holds)
+        assert get() == 2
+    finally:
+        put(before)
+
+
+def test_the_number_of_threads_may_change_while_others_train():
+    expected = sum(range(50))
+    done = threading.Event()
+
+    def work(i):
+        if i == 0:
+            for count in (1, 4, 2, 3) * 20:
+                threads.set_num_threads(count)
+            done.set()
+            return
+        while not done.is_set():
+            found = []
+            threads.parallel(found.append, 50)
+            assert sum(found) == expected
+
+    before = blas.num_threads()
+    try:
+        at_once(work)
+        assert blas.num_threads() in (3, None)
+    finally:
+        threads.set_num_threads(before or 1)
+
+
+def test_a_shared_switch_of_grad_mode_is_each_threads_own():
+    off, on = tg.no_grad(), tg.enable_grad()
+
+    def switch(i):
+        with tg.no_grad() if i % 2 else tg.enable_grad():
+            for _ in range(300):
+                with off:
+                    assert not tg.is_grad_enabled()
+                    with on:
+                        assert tg.is_grad_enabled()
+                    assert not tg.is_grad_enabled()
+                assert tg.is_grad_enabled() == (i % 2 == 0)
+
+    at_once(switch)
