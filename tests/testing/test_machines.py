@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from threading import get_ident
 
 import pytest
 from hypothesis import Phase, settings
@@ -390,25 +391,30 @@ def test_the_lifetime_machine_comes_to_every_kind_of_situation():
 
 
 def not_restored_after_an_exception(monkeypatch):
-    def leave(self, kind, error, traceback):
-        before = self._before.pop()
-        if kind is None:
-            grad_mode._grad_enabled.set(before)
+    leave = grad_mode._GradMode.__exit__
 
-    monkeypatch.setattr(grad_mode._GradMode, "__exit__", leave)
+    def stay(self, kind, error, traceback):
+        inside = grad_mode._grad_enabled.get()
+        leave(self, kind, error, traceback)
+        if kind is not None:
+            grad_mode._grad_enabled.set(inside)
+
+    monkeypatch.setattr(grad_mode._GradMode, "__exit__", stay)
 
 
 def always_restored_to_enabled(monkeypatch):
-    def leave(self, kind, error, traceback):
-        self._before.pop()
+    leave = grad_mode._GradMode.__exit__
+
+    def enable(self, kind, error, traceback):
+        leave(self, kind, error, traceback)
         grad_mode._grad_enabled.set(True)
 
-    monkeypatch.setattr(grad_mode._GradMode, "__exit__", leave)
+    monkeypatch.setattr(grad_mode._GradMode, "__exit__", enable)
 
 
 def one_memory_for_nested_entries(monkeypatch):
     def enter(self):
-        self._before = [grad_mode._grad_enabled.get()] * 9
+        self._before = {get_ident(): [grad_mode._grad_enabled.get()] * 9}
         grad_mode._grad_enabled.set(self.enabled)
 
     monkeypatch.setattr(grad_mode._GradMode, "__enter__", enter)
@@ -459,9 +465,11 @@ def recorded_all_the_same(monkeypatch):
 
 
 def enable_grad_does_nothing_inside_no_grad(monkeypatch):
+    _enter = grad_mode._GradMode.__enter__
+
     def enter(self):
         before = grad_mode._grad_enabled.get()
-        self._before.append(before)
+        _enter(self)
         grad_mode._grad_enabled.set(before and self.enabled)
 
     monkeypatch.setattr(grad_mode._GradMode, "__enter__", enter)
