@@ -32,6 +32,7 @@ FLOORS = {
     "conv_block": 3,
     "layer_normalization": 3,
     "normalization": 3,
+    "normalization_checks": 3,
     "creation": 3,
     "capture": 3,
     "nn": 4,

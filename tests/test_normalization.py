@@ -122,6 +122,8 @@ def test_transposed_strided_and_read_only_inputs_give_the_same_and_stay_as_they_
             ValueError,
             "momentum is 1.5, expected a weight of the new value",
         ),
+        ({"x": draw((4, 3)), "correction": -1}, ValueError, "correction is -1, expected a number"),
+        ({"x": draw((4, 3)), "correction": np.nan}, ValueError, "correction is nan"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, message):
@@ -134,6 +136,21 @@ def test_a_wrong_momentum_leaves_the_statistics_alone():
     with pytest.raises(ValueError, match="momentum"):
         F.batch_norm(draw((4, 3)), mean, var, training=True, momentum=float("nan"))
     assert (mean == 0).all() and (var == 1).all()
+
+
+@pytest.mark.parametrize("function", [F.batch_norm, F.batch_norm_relu, F.batch_renorm])
+def test_statistics_that_training_cannot_move_are_refused_before_either_is_moved(function):
+    mean, var = np.zeros(3), np.ones(3)
+    frozen = np.ones(3)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match=f"{function.__name__}: running_var is read-only"):
+        function(draw((4, 3)), mean, frozen, training=True)
+    with pytest.raises(TypeError, match="running_mean is int64, expected a floating dtype"):
+        function(draw((4, 3)), np.zeros(3, np.int64), var, training=True)
+    assert (mean == 0).all() and (var == 1).all()
+    function(draw((4, 3)), mean, frozen)  # evaluation only reads them
+    with pytest.raises(ValueError, match=f"{function.__name__}: momentum is 2.0"):
+        function(draw((4, 3)), mean, var, training=True, momentum=2)
 
 
 def test_one_value_per_channel_is_allowed_in_evaluation_and_with_spatial_axes():

@@ -179,10 +179,13 @@ def test_groups_with_too_few_values_do_not_enter_the_average():
         ({"groups": 3}, "groups=3 does not split axis 0"),
         ({"groups": 0}, "groups=0 does not split axis 0"),
         ({"groups": 2, "axis": 0}, "groups=2 does not split axis 0"),
+        ({"groups": 2.0}, "groups is 2.0, expected an integer"),
+        ({"mask": [[[1]]]}, "mask is list, expected an array or a Tensor of booleans or"),
+        ({"mask": np.ones((4, 1, 1), complex)}, "mask is complex128, expected an array"),
     ],
 )
 def test_a_wrong_mask_or_number_of_groups_is_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         F.batch_norm(draw((4, 3, 2)), training=True, **arguments)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from tinygrad_bn.backend import accumulation_dtype, placed
-from tinygrad_bn.normalization import (
+from tinygrad_bn.normalization import BatchStatistics, batch_norm, by_the_batch
+from tinygrad_bn.normalization_checks import (
     Axis,
-    BatchStatistics,
-    batch_norm,
-    by_the_batch,
+    check_state,
     check_vectors,
+    checked_numbers,
     checked_sample,
     kept_axes,
     raw,
@@ -55,10 +55,12 @@ def batch_renorm(
         raise ValueError(
             f"batch_renorm: r_max is {r_max} and d_max {d_max}, expected r_max >= 1 and d_max >= 0"
         )
+    eps, momentum = checked_numbers("batch_renorm", eps, momentum, correction)
+    check_state("batch_renorm", {"running_mean": running_mean, "running_var": running_var})
     y, found = batch_renorm_and_statistics(
         x, running_mean, running_var, weight, bias, eps, r_max=r_max, d_max=d_max, axis=axis
     )
-    found.move(running_mean, running_var, float(momentum), correction)
+    found.move(running_mean, running_var, momentum, correction)
     return y
 
 

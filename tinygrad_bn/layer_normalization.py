@@ -10,13 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tinygrad_bn.backend import machine_epsilon
-from tinygrad_bn.normalization import (
-    BatchStatistics,
-    batch_norm,
-    check_floating,
-    check_vectors,
-    kept_axes,
-)
+from tinygrad_bn.normalization import BatchStatistics, batch_norm
+from tinygrad_bn.normalization_checks import check_floating, check_vectors, kept_axes
 from tinygrad_bn.ops import normalization as _ops
 from tinygrad_bn.ops.batch_norm import values_per_channel
 

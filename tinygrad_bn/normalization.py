@@ -6,16 +6,22 @@ one, and channels are on axis 1 unless said otherwise.
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
-from tinygrad_bn.backend import is_floating, largest, placed
+from tinygrad_bn.backend import largest, placed
+from tinygrad_bn.normalization_checks import (
+    Axis,
+    check_state,
+    check_vectors,
+    checked_numbers,
+    checked_sample,
+    kept_axes,
+    raw,
+)
 from tinygrad_bn.ops import batch_norm as _ops
 from tinygrad_bn.ops import fused as _fused
 from tinygrad_bn.ops.elementwise import relu, where
 from tinygrad_bn.tape import TensorBase
-
-Axis = int | tuple[int, ...]
 
 
 def batch_norm(
@@ -114,13 +120,9 @@ def _batch_norm(
     check_vectors(name, {**vectors, "weight": weight, "bias": bias}, axes, x)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{name}: give both running_mean and running_var, or neither")
-    eps, momentum = float(eps), float(momentum)
-    if not eps >= 0:
-        raise ValueError(f"{name}: eps is {eps}, expected a number >= 0")
-    if not 0 <= momentum <= 1:
-        raise ValueError(
-            f"{name}: momentum is {momentum}, expected a weight of the new value in [0, 1]"
-        )
+    eps, momentum = checked_numbers(name, eps, momentum, correction)
+    if training:
+        check_state(name, vectors)
     if not training and running_mean is not None:
         return finish(
             _ops.batch_norm_given(x, running_mean, running_var, weight, bias, axis=axes, eps=eps)
@@ -305,84 +307,3 @@ def batch_norm_composite(
     axes = kept_axes("batch_norm_composite", x, axis)
     check_vectors("batch_norm_composite", {"weight": weight, "bias": bias}, axes, x)
     return _ops.batch_norm_composite(x, weight, bias, axis=axes, eps=float(eps))
-
-
-def kept_axes(name: str, x: Any, axis: Axis) -> tuple[int, ...]:
-    """Return the channel axes of x, sorted and non-negative; raise for an x that has none."""
-    check_floating(name, x)
-    if x.ndim < 2:
-        raise ValueError(
-            f"{name}: x has shape {tuple(x.shape)}, expected at least 2 dimensions, a batch axis "
-            f"and a channel axis"
-        )
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    kept = sorted({a % x.ndim for a in axes if -x.ndim <= a < x.ndim})
-    if len(kept) != len(axes) or not kept:
-        raise ValueError(
-            f"{name}: axis {axis} does not name distinct axes of x, which has {x.ndim} dimensions"
-        )
-    if len(kept) == x.ndim:
-        raise ValueError(f"{name}: axis {axis} keeps every axis of x; none is left to average over")
-    return tuple(kept)
-
-
-def check_floating(name: str, x: Any) -> None:
-    """Raise TypeError unless x is an array or a Tensor of a floating dtype."""
-    if not (hasattr(x, "dtype") and hasattr(x, "ndim")):
-        raise TypeError(f"{name}: x is a {type(x).__name__}, expected an array or a Tensor")
-    if not is_floating(x.dtype):
-        raise TypeError(
-            f"{name}: x is {x.dtype}, expected a floating dtype; convert it, for example with "
-            f".astype('float32')"
-        )
-
-
-def check_vectors(name: str, vectors: dict[str, Any], axes: tuple[int, ...], x: Any) -> None:
-    """Raise ValueError unless each vector has one value for every channel of x, on its device."""
-    placed(name, map(raw, (x, *vectors.values())))
-    channels = tuple(x.shape[a] for a in axes)
-    wrong = [
-        f"{what} has shape {tuple(vector.shape)}"
-        for what, vector in vectors.items()
-        if vector is not None and tuple(vector.shape) != channels
-    ]
-    if wrong:
-        raise ValueError(
-            f"{name}: {' and '.join(wrong)}, expected {channels}: x has shape {tuple(x.shape)} "
-            f"and its channels are on axis {axes if len(axes) > 1 else axes[0]}"
-        )
-
-
-def checked_sample(name: str, x: Any, axes: tuple[int, ...], mask: Any, groups: int) -> Any:
-    """Return the mask as a raw array after checking that x can be averaged as it is asked for."""
-    shape = tuple(x.shape)
-    if operator.index(groups) < 1 or shape[0] % groups or (groups > 1 and 0 in axes):
-        raise ValueError(
-            f"{name}: groups={groups} does not split axis 0 of x, of shape {shape} and with its "
-            f"channels on {axes}, into equal parts; choose a divisor of the batch size"
-        )
-    m = _ops.values_per_channel(shape, axes) // groups
-    if m == 1 and mask is None and x.size:
-        raise ValueError(
-            f"{name}: x of shape {shape} has one value per channel"
-            f"{' and group' if groups > 1 else ''} (channels on axis {axes}), whose variance is 0 "
-            f"whatever it is; use a larger batch, or training=False with running statistics"
-        )
-    if mask is None:
-        return None
-    mask = raw(mask)
-    fits = len(mask.shape) == len(shape) and all(
-        n == 1 or (n == size and i not in axes)
-        for i, (n, size) in enumerate(zip(mask.shape, shape, strict=True))
-    )
-    if not fits:
-        raise ValueError(
-            f"{name}: mask has shape {tuple(mask.shape)}, expected as many dimensions as x, of "
-            f"shape {shape}, each of x's size or 1, and 1 along the channel axes {axes}"
-        )
-    return mask
-
-
-def raw(value: Any) -> Any:
-    """Return the array of a Tensor, and anything else as it is."""
-    return value.data if isinstance(value, TensorBase) else value

@@ -234,6 +234,10 @@ def test_integers_and_lists_are_refused():
         ({"eps": float("nan")}, "eps is nan"),
         ({"momentum": 1.5}, "momentum is 1.5"),
         ({"axis": (1, 2)}, r"num_features is 3 and axis \(1, 2\)"),
+        ({"groups": 0}, "groups is 0, expected an integer, at least 1"),
+        ({"groups": 2.5}, "groups is 2.5, expected an integer, at least 1"),
+        ({"correction": -1}, "correction is -1, expected a number >= 0"),
+        ({"correction": float("nan")}, "correction is nan"),
     ],
 )
 def test_options_are_checked_at_once(options, words):

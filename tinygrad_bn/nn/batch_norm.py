@@ -93,8 +93,13 @@ class BatchNorm(PerChannel):
         if not self.eps >= 0:
             raise ValueError(f"{self._name}: eps is {eps}, expected a number >= 0")
         self._check_momentum()
-        if groups < 1:
-            raise ValueError(f"{self._name}: groups is {groups}, expected at least 1")
+        if not (hasattr(groups, "__index__") and groups >= 1):
+            raise ValueError(f"{self._name}: groups is {groups}, expected an integer, at least 1")
+        if not self.correction >= 0:
+            raise ValueError(
+                f"{self._name}: correction is {correction}, expected a number >= 0: the running "
+                f"variance divides by m - correction (1 unbiased, 0 biased)"
+            )
         super().__init__(
             num_features,
             chosen.axis if isinstance(axis, Default) else axis,

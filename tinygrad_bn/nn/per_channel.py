@@ -10,7 +10,8 @@ from typing import Any
 from tinygrad_bn import backend, creation
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.nn.parameter import Parameter
-from tinygrad_bn.normalization import BatchStatistics, check_floating, kept_axes
+from tinygrad_bn.normalization import BatchStatistics
+from tinygrad_bn.normalization_checks import check_floating, kept_axes
 from tinygrad_bn.tensor import Tensor
 
 Axis = int | tuple[int, ...]
