@@ -112,9 +112,15 @@ def _twice(fn: Callable[..., Any], given: list[Any], d: Any) -> list[np.ndarray]
 def several_axes(candidate: Candidate, d: Any) -> None:
     """Two channel axes, in any order and place, are one channel axis that was cut in two."""
     channels = d.channels
+    # Two sizes that differ, and neither γ nor means alike: what changes places would not be seen.
     a = next(n for n in (2, 3, 1) if channels % n == 0)
     sizes = (a, channels // a)
+    if d.weight is not None:
+        d = replace(d, weight=np.linspace(-1.5, 1.25, channels).astype(d.weight.dtype))
     axis = d.axis % d.x.ndim
+    along = tuple(channels if i == axis else 1 for i in range(d.x.ndim))
+    apart = np.linspace(-1, 1, channels, dtype=d.x.dtype).reshape(along)
+    d = replace(d, x=d.x + apart * np.abs(d.x).max())
     # Cut the channel axis, and sometimes carry its second part to the end.
     last = d.x.ndim if one_of(2, d) else axis + 1
 
@@ -122,23 +128,32 @@ def several_axes(candidate: Candidate, d: Any) -> None:
         split = x.reshape((*x.shape[:axis], *sizes, *x.shape[axis + 1 :]))
         return np.ascontiguousarray(np.moveaxis(split, axis + 1, last))
 
-    axes = (axis, last) if one_of(3, d) else (last - d.x.ndim - 1, axis)
-    vectors = ("weight", "bias", "running_mean", "running_var")
-    shaped = {name: getattr(d, name) for name in vectors}
-    shaped = {name: v if v is None else v.reshape(sizes) for name, v in shaped.items()}
-    wide = replace(d, x=cut(d.x), cotangent=cut(d.cotangent), axis=axes, **shaped)
-    done = Pass(candidate, wide, running=True)
-    found = {
-        name: v.reshape(-1) if name != "gx" else np.moveaxis(v, last, axis + 1).reshape(d.x.shape)
-        for name, v in done.gradients().items()
-    }
-    y = np.moveaxis(done.y, last, axis + 1).reshape(d.x.shape)
+    def joined(y: np.ndarray) -> np.ndarray:
+        return np.moveaxis(y, last, axis + 1).reshape(d.x.shape)
+
+    def cut_all(d: Any, turned: bool) -> Any:
+        named = ("weight", "bias", "running_mean", "running_var")
+        vectors = {name: getattr(d, name) for name in named}
+        vectors = {name: v if v is None else v.reshape(sizes) for name, v in vectors.items()}
+        axes = (last - d.x.ndim - 1, axis) if turned else (axis, last)
+        return replace(d, x=cut(d.x), cotangent=cut(d.cotangent), axis=axes, **vectors)
+
+    running, bare = (d.running_mean, d.running_var), replace(d, weight=None, bias=None)
+    turned = not one_of(3, d)
+    wide = cut_all(d, turned)
     try:
-        require(want(d), y=y, **found)
-        before, after = (d.running_mean, d.running_var), [s.reshape(-1) for s in done.state]
-        sampled(d)[1].require(before, after, d.momentum, "after a call")
+        done = Pass(candidate, wide, running=True)
+        found = done.gradients()
+        vectors = {name: v.reshape(-1) for name, v in found.items() if name != "gx"}
+        require(want(d), y=joined(done.y), gx=joined(found["gx"]), **vectors)
+        after = [s.reshape(-1) for s in done.state]
+        sampled(d)[1].require(running, after, d.momentum, "after a call")
+        require(want(bare), y=joined(Pass(candidate, cut_all(bare, turned)).y))
+        wide = cut_all(d, not turned)
+        evaluated = Pass(candidate, wide, training=False, running=True)
+        require(want(d, given=running), y=joined(evaluated.y))
     except GradCheckError as error:
-        raise GradCheckError(f"with axis={axes} of x {list(wide.x.shape)}: {error}") from None
+        raise GradCheckError(f"with axis={wide.axis} of x {list(wide.x.shape)}: {error}") from None
 
 
 def frequencies(d: Any, parts: int = 1, few: int | None = None, whole: bool = True) -> np.ndarray:

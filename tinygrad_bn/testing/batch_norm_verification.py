@@ -42,6 +42,8 @@ _SECOND = {**_TAME, "small": True, "max_eps": 10.0}
 #: The second of two ghost batches is shifted and stretched: float16 must stay in its range.
 _SAMPLED = {"training": True, "max_ratio": 1e3, "max_spread": 10.0}
 _BOTH = ("mask", "groups")
+#: Channels that can be cut in two axes of different sizes.
+_CUT = {**_TAME, "training": True, "affine": True, "shape": (4, 6, 3)}
 
 #: Cheap and telling ones first: most mistakes show in a single forward and backward pass.
 CHECKS = (
@@ -63,7 +65,7 @@ CHECKS = (
     Check("masked groups", samples.masked_groups, 6, _SAMPLED, _BOTH),
     Check("too few values", samples.too_few, 4, _SAMPLED, ("mask",)),
     Check("large parts", samples.masked_groups, 3, {**_SAMPLED, **_WIDE}, _BOTH),
-    Check("several axes", samples.several_axes, 6, {**_TAME, "training": True}, ("axes",)),
+    Check("several axes", samples.several_axes, 6, _CUT, ("axes",)),
     Check("dtypes", modes.dtypes, 4, _TAME),
     Check("purity", modes.purity, 8, _TAME),
     Check("laws", modes.laws, 10, _TAME),
