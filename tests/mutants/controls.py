@@ -5,10 +5,14 @@ A kit that objects to one of these with some seed would "kill" every mutant with
 
 from tests.mutants import (
     batch_renorm,
+    bfloat16,
     compiled_kernels,
+    folding,
     layer_norm_kernels,
     ops_normalization,
     per_sample,
+    population,
+    saving,
     updates,
 )
 from tests.mutants.batch_norm_kernels import small_blocks
@@ -31,4 +35,8 @@ CONTROLS = (
     *compiled_kernels.RIGHT,
     *layer_norm_kernels.RIGHT,
     *updates.RIGHT,
+    *bfloat16.RIGHT,
+    *folding.RIGHT,
+    *population.RIGHT,
+    *saving.RIGHT,
 )

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from tests.mutants import batch_norm, ops
 from tests.mutants.batch_norm_samples import SAMPLES
 from tests.mutants.batch_renorm import RENORM
+from tests.mutants.bfloat16 import BFLOAT16
 from tests.mutants.controls import CONTROLS
+from tests.mutants.folding import FOLDING
 from tests.mutants.layers import LAYERS
 from tests.mutants.mutant import Mutant
+from tests.mutants.population import POPULATION
+from tests.mutants.saving import SAVING
+from tests.mutants.several_axes import SEVERAL_AXES
 from tests.mutants.updates import UPDATES
 from tinygrad_bn import testing
 
@@ -23,8 +28,13 @@ EXAMPLES = 200
 FAMILIES: dict[str, Sequence[Mutant]] = {
     "batch norm": batch_norm.MUTANTS,
     "masks and ghost batches": SAMPLES,
+    "several axes": SEVERAL_AXES,
+    "bfloat16": BFLOAT16,
     "Batch Renorm": RENORM,
     "layers": LAYERS,
+    "folding": FOLDING,
+    "population statistics": POPULATION,
+    "saving and loading": SAVING,
     "ops": ops.MUTANTS,
     "optimizers": UPDATES,
 }
