@@ -158,10 +158,18 @@ def test_a_fork_waits_until_a_function_is_made_and_the_child_can_make_more():
 # --- the cache ---------------------------------------------------------------------------------
 
 PROGRAM = """
-import numpy as np, sys
+import numpy as np, os, signal, sys
 from tinygrad_bn.kernels.cpu.compiled import compiled
 assert "numba" not in sys.modules
 from helper import add
+
+if "LIMIT" in os.environ:
+    import resource
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LIMIT"]),) * 2)
+if "NUMBA" in os.environ:
+    import numba
+    numba.__version__ = os.environ["NUMBA"]
 
 @compiled("T[:], out T[:]")
 def plus(x, y):
@@ -187,8 +195,10 @@ def program(tmp_path):
     """Return a function that runs a program with a cache folder, and what it said on stderr."""
     (tmp_path / "program.py").write_text(PROGRAM)
 
-    def run(increment=1, expect=0, wait=True, **environment):
+    def run(increment=1, wait=True, limit=None, numba=None, **environment):
         (tmp_path / "helper.py").write_text(HELPER.format(increment))
+        environment |= {"LIMIT": limit} if limit else {}
+        environment |= {"NUMBA": numba} if numba else {}
         kept = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR",)}
         process = subprocess.Popen(
             [sys.executable, str(tmp_path / "program.py")],
@@ -245,12 +255,41 @@ def test_a_folder_that_cannot_be_written_costs_one_warning(program, tmp_path):
     assert said.count("compiling CPU kernels") == 1
 
 
-def test_a_damaged_cache_costs_one_warning(program, tmp_path):
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: b"", lambda text: text[: len(text) // 2], lambda text: b"\x80\x04damage."],
+    ids=["empty", "cut off", "something else"],
+)
+def test_what_cannot_be_read_of_the_cache_is_made_again(program, tmp_path, suffix, damage):
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     program(**cache)
     for path in files(tmp_path / "cache"):
-        path.write_bytes(b"")
-    assert program(**cache).count("cannot keep compiled code") == 1
+        if path.name.endswith(suffix):
+            path.write_bytes(damage(path.read_bytes()))
+    said = program(**cache)
+    assert "cannot keep" not in said
+    assert said.count("compiling CPU kernels") == 1
+    assert program(**cache) == ""
+
+
+def test_a_full_disk_costs_one_warning_and_nothing_more_is_tried(program, tmp_path):
+    """A process that may write no file longer than 64 bytes."""
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    said = program(limit="64", **cache)
+    assert said.count("cannot keep compiled code") == 1
+    assert said.count("compiling CPU kernels") == 1
+    assert len(list((tmp_path / "cache" / "tinygrad_bn").iterdir())) == 1  # of the first function
+    assert "cannot keep" not in program(**cache)
+    assert program(**cache) == ""
+
+
+def test_each_numba_has_code_of_its_own(program, tmp_path):
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    program(**cache)
+    assert "compiling" in program(numba="99.0", **cache)
+    assert program(**cache) == ""
+    assert program(numba="99.0", **cache) == ""
 
 
 def test_a_numba_that_cannot_be_imported_is_reported_and_not_asked_again(monkeypatch):

@@ -28,6 +28,7 @@ import hashlib
 import importlib
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -113,23 +114,34 @@ class Compiled:
         chosen = dict(zip(letters, map(np.dtype, dtypes), strict=True))
         signature = tuple(_numba_type(numba, parameter, chosen) for parameter in self.parameters)
         function, sources = self._linked(numba)
-        folder, problem = _cache_root(numba), None
-        if folder is not None:
+        root = _cache_root(numba)
+        if root is not None and not _cache_is_out():
             name = f"{function.__module__}.{function.__qualname__}"
             # One folder for each combination: whatever processes do there at once, they do alike.
-            folder /= "-".join([name, *map(str, chosen.values()), _digest(sources)])
+            folder = root / "-".join([name, *map(str, chosen.values()), _digest(numba, sources)])
+            try:
+                return self._kept(numba, function, signature, folder)
+            except Exception as error:  # a full disk, say, or a file of somebody else's
+                _warn_of_cache(folder, error)
+        _announce()
+        return numba.njit(signature, **self.options)(function)
+
+    def _kept(self, numba: Any, function: Any, signature: Any, folder: Path) -> Function:
+        """Return `function` out of the cache's `folder`, or compiled now and put there."""
+
+        def kept() -> Function:
             if not folder.exists():
                 _announce()
-            try:
-                with _caching_in(numba, folder):
-                    return numba.njit(signature, cache=True, **self.options)(function)
-            except Exception as error:  # a full disk, a damaged file, ...
-                problem = error
-        _announce()
-        made = numba.njit(signature, **self.options)(function)
-        if problem is not None:
-            _warn_of_cache(folder, problem)
-        return made
+            with _caching_in(numba, folder):
+                return numba.njit(signature, cache=True, **self.options)(function)
+
+        try:
+            return kept()
+        except OSError:
+            raise
+        except Exception:  # what is there cannot be read
+            shutil.rmtree(folder, ignore_errors=True)
+        return kept()
 
     def _linked(self, numba: Any) -> tuple[Function, set[str]]:
         """Return the function with what Numba can call in place of each `Compiled` it names, and
@@ -192,10 +204,10 @@ def _caching_in(numba: Any, folder: Path) -> Iterator[None]:
         numba.config.CACHE_DIR = before
 
 
-def _digest(sources: set[str]) -> str:
+def _digest(numba: Any, sources: set[str]) -> str:
     """Return what compiled code depends on besides its own file, which Numba looks at."""
     binding = importlib.import_module("llvmlite.binding")
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(numba.__version__.encode())
     for source in sorted(sources, key=os.path.basename):
         digest.update(Path(source).read_bytes())
     digest.update(binding.get_host_cpu_name().encode())
@@ -208,7 +220,13 @@ def _announce() -> None:
         print("tinygrad_bn: compiling CPU kernels, which takes some seconds", file=sys.stderr)
 
 
-def _warn_of_cache(folder: Path | None, error: Exception) -> None:
+def _cache_is_out() -> bool:
+    """Return whether the cache has failed in this process: it is not tried for every function."""
+    with _making:
+        return "warning" in _said
+
+
+def _warn_of_cache(folder: Path, error: Exception) -> None:
     if _first_time("warning"):
         warnings.warn(
             f"tinygrad_bn cannot keep compiled code in {folder} ({error}), so every process has to "
