@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 from tinygrad_bn.backend import cuda
@@ -44,11 +44,12 @@ def use_kernels(family: str) -> Iterator[None]:
 
 def chosen() -> str | None:
     """Return the one family that was asked for, `"generic"`, or None for the best that works."""
-    return _chosen.get() or _from_environment(os.environ.get(VARIABLE, ""))
+    return _chosen.get() or _from_environment()
 
 
-@lru_cache(maxsize=8)
-def _from_environment(value: str) -> str | None:
+@cache  # every call of an op with kernels asks, and the environment takes a microsecond to answer
+def _from_environment() -> str | None:
+    value = os.environ.get(VARIABLE)
     return _checked(value, VARIABLE) if value else None
 
 

@@ -32,8 +32,10 @@ _BITS = {
 
 def forward(x: Array) -> Any:
     """Return max(x, 0), or NotImplemented."""
+    if x.size < SMALLEST or x.dtype not in _BITS:
+        return NotImplemented
     order = dense_order(x)
-    if x.size < SMALLEST or x.dtype not in _BITS or order is None:
+    if order is None:
         return NotImplemented
     laid = x.transpose(order)
     out = np.empty(laid.shape, x.dtype)
@@ -49,9 +51,11 @@ def forward(x: Array) -> Any:
 
 def vjp(g: Array, out: Array) -> Any:
     """Return (g where out > 0, else 0,), or NotImplemented."""
-    order = dense_order(out)
     same = g.dtype == out.dtype and g.strides == out.strides
-    if out.size < SMALLEST or out.dtype not in _BITS or order is None or not same:
+    if out.size < SMALLEST or out.dtype not in _BITS or not same:
+        return NotImplemented
+    order = dense_order(out)
+    if order is None:
         return NotImplemented
     bits = _BITS[out.dtype]
     gx = np.empty([out.shape[i] for i in order], out.dtype)
