@@ -2,7 +2,10 @@
 
 import ctypes
 import gc
+import os
 import pickle
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -215,3 +218,26 @@ def test_a_view_of_lent_memory_is_a_view():
     assert not is_view(x)
     assert is_view(x[1:])
     assert is_view(x.T)
+
+
+def test_an_array_may_outlive_the_names_of_the_module():
+    # The interpreter empties modules that something still refers to, the last imported first.
+    code = """
+import bisect, sys
+from tinygrad_bn.kernels.cpu import memory
+sys.kept = bisect, memory
+bisect.kept = memory.empty((1 << 20,), "f4")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_begins_with_no_memory_waiting():
+    memory.empty(SHAPE, np.float32)
+    assert memory._waiting
+    child = os.fork()
+    if child == 0:
+        os._exit(bool(memory._waiting or memory._waiting_bytes))
+    assert os.waitpid(child, 0)[1] == 0
+    assert memory._waiting

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,8 @@ class _Block(LentMemory):
             "version": 3, "data": place, "shape": shape, "typestr": dtype.str
         }  # fmt: skip
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing():  # modules may be gone already, and nothing need be kept
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not finalizing():  # else the names of this module may be gone; nothing need be kept
             _put(self.memory)
 
 
@@ -100,9 +101,11 @@ def _drop(size: int) -> np.ndarray:
 
 
 def _forget() -> None:
-    """Make a lock that no thread holds: a forked child has but one thread."""
-    global _lock
+    """Begin anew in a forked child: it has but one thread, and another may have been halfway."""
+    global _lock, _waiting_bytes
     _lock = threading.RLock()
+    _waiting.clear()
+    _waiting_bytes = 0
 
 
 if hasattr(os, "register_at_fork"):
