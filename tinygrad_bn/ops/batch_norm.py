@@ -278,6 +278,7 @@ def _(
     return (gx, gweight, gbias if needs[2] else None, None)[: len(needs)]
 
 
+# On the CPU these serve masks, and hand a call without one to numba_batch_norm, numpy_batch_norm.
 batch_norm.use_kernels(
     numba="tinygrad_bn.kernels.cpu.numba_masked_batch_norm",
     numpy="tinygrad_bn.kernels.cpu.numpy_masked_batch_norm",
