@@ -36,8 +36,21 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains a small convolutional network with batch norm on Fashion-MNIST.",
         epilog=EPILOG,
     )
+    _add_training(parser.add_argument_group("training"))
+    _add_machine(parser.add_argument_group("how it is computed"))
+    _add_files(parser.add_argument_group("files"))
+    parser.add_argument(
+        "--evaluate",
+        metavar="RUN",
+        help="train nothing; score the weights of a run on the test images again: the name of a "
+        "run in --output-dir, its folder, or a .safetensors file. Recipe, data, device, dtype and "
+        "layout are those of the run unless they are given",
+    )
+    return parser
+
+
+def _add_training(training: Any) -> None:
     rates = ", ".join(f"{name} {recipe.learning_rate:g}" for name, recipe in RECIPES.items())
-    training = parser.add_argument_group("training")
     training.add_argument(
         "--recipe",
         choices=list(RECIPES),
@@ -83,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         help="score the test images every N steps for the curves, and in any case at the end "
         "(default: %(default)s)",
     )
-    machine = parser.add_argument_group("how it is computed")
+
+
+def _add_machine(machine: Any) -> None:
     machine.add_argument(
         "--device",
         default="cpu",
@@ -108,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
         default="NHWC",
         help="order of the axes of images; the network is the same (default: %(default)s)",
     )
-    files = parser.add_argument_group("files")
+
+
+def _add_files(files: Any) -> None:
     files.add_argument(
         "--data",
         choices=["full", "sample"],
@@ -132,14 +149,6 @@ def _parser() -> argparse.ArgumentParser:
         "--name",
         help="of the run's folder (default: RECIPE-seedN, with -sample where that was used)",
     )
-    parser.add_argument(
-        "--evaluate",
-        metavar="RUN",
-        help="train nothing; score the weights of a run on the test images again: the name of a "
-        "run in --output-dir, its folder, or a .safetensors file. Recipe, data, device, dtype and "
-        "layout are those of the run unless they are given",
-    )
-    return parser
 
 
 def _count(text: str) -> int:
