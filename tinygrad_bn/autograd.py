@@ -89,6 +89,10 @@ def grad(
 
     `.grad` of no Tensor is touched.
 
+    Raises TypeError for what is no Tensor; ValueError for cotangents of another number or shape;
+    RuntimeError for a Tensor that does not require grad, an output of several elements without its
+    cotangent, an input that no output depends on, and what was freed or overwritten.
+
     >>> import tinygrad_bn as tg
     >>> x = tg.tensor([2.0], requires_grad=True)
     >>> (g,) = tg.grad(x**3, x, create_graph=True)
@@ -120,10 +124,13 @@ def grad(
     _walk(
         roots, targets, found, create_graph, create_graph if retain_graph is None else retain_graph
     )
-    results: dict[Any, Any] = {}
+    results: list[Any] = []
+    first: dict[Any, int] = {}  # place -> where it stands in results
     for i, tensor in enumerate(inputs):
         place = _place(tensor)
-        if place in results:
+        if place in first:
+            again = results[first[place]]
+            results.append(None if again is None else again.copy())
             continue
         g = found.pop(place, None)
         if g is None and not allow_unused:
@@ -131,13 +138,9 @@ def grad(
                 f"grad: no output depends on inputs[{i}]; pass allow_unused=True to get None for it"
             )
         references = sys.getrefcount(g)
-        results[place] = None if g is None else _own(g, references)
-    places = [_place(tensor) for tensor in inputs]
-    first = {place: i for i, place in reversed(list(enumerate(places)))}
-    return tuple(
-        results[place] if first[place] == i or results[place] is None else results[place].copy()
-        for i, place in enumerate(places)
-    )
+        first[place] = i
+        results.append(None if g is None else _own(g, references))
+    return tuple(results)
 
 
 def _walk(
