@@ -39,7 +39,8 @@ def batch_renorm(
     r = σ_batch / σ_running limited to [1 / r_max, r_max], d = (μ_batch - μ_running) / σ_running
     limited to [-d_max, d_max] (σ = √(var + eps)) are constants for the gradient: unlimited,
     training computes what evaluation does. Raise the limits from (1, 0), which is `batch_norm`, as
-    training goes on. The rest as in `batch_norm`.
+    training goes on. The rest as in `batch_norm`, and its errors; r_max below 1 and d_max below 0
+    raise ValueError too.
 
     Source: Ioffe, "Batch Renormalization", 2017 (arXiv:1702.03275), Algorithm 1.
 

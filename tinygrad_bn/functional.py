@@ -143,8 +143,11 @@ def max_pool2d(
 ) -> Any:
     """Return the largest entry of each window; of equal ones the first takes the gradient.
 
-    x: images. kernel_size, stride (None: as the kernel), padding: an integer, or a pair (rows,
-    columns); padding never wins. Returns images with ⌊(H + 2 padding - KH) / stride⌋ + 1 rows.
+    x: images in `layout`. kernel_size, stride (None: as the kernel), padding: an integer, or a pair
+    (rows, columns); padding never wins. Returns images with ⌊(H + 2 padding - KH) / stride⌋ + 1
+    rows.
+
+    Raises ValueError where sizes do not fit.
 
     >>> import numpy as np
     >>> max_pool2d(np.arange(16.0).reshape(1, 1, 4, 4), 2)[0, 0]
@@ -164,7 +167,9 @@ def avg_pool2d(
     *,
     layout: str = "NCHW",
 ) -> Any:
-    """Return the mean of each window, its padding of zeros included; arguments as `max_pool2d`.
+    """Return the mean of each window, its padding of zeros included.
+
+    Arguments, shapes and errors as `max_pool2d`'s.
 
     >>> import numpy as np
     >>> avg_pool2d(np.arange(16.0).reshape(1, 1, 4, 4), 2)[0, 0]
@@ -181,6 +186,8 @@ def dropout(x: Any, p: float = 0.5, training: bool = True) -> Any:
 
     training: False returns x itself. The mask is drawn on the host from the library's generator:
     one seed gives the same mask on every device. A dropped entry is zero even if it was infinite.
+
+    Raises ValueError for a p outside [0, 1].
 
     >>> import numpy as np
     >>> sorted(set(dropout(np.ones(100), 0.5).tolist()))
@@ -311,6 +318,8 @@ def accuracy(logits: Any, target: Any) -> Any:
     of the logits' shape, whose largest entry is the label. NaN for no rows; it takes no part in
     the graph. `float(...)` makes it a number.
 
+    Raises ValueError for shapes that do not fit.
+
     >>> import numpy as np
     >>> float(accuracy(np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([1, 1])))
     0.5
@@ -394,6 +403,8 @@ def minimum(x: Any, y: Any) -> Any:
 def concatenate(arrays: Sequence[Any], axis: int = 0) -> Any:
     """Return the arrays joined along an axis that they have.
 
+    Their other sizes are the same. Raises ValueError where they are not, and for no arrays.
+
     >>> import numpy as np
     >>> concatenate([np.ones((2, 3)), np.zeros((1, 3))]).shape
     (3, 3)
@@ -402,7 +413,9 @@ def concatenate(arrays: Sequence[Any], axis: int = 0) -> Any:
 
 
 def stack(arrays: Sequence[Any], axis: int = 0) -> Any:
-    """Return the arrays, all of one shape, joined along a new axis.
+    """Return the arrays joined along a new axis.
+
+    All have one shape. Raises ValueError where they have not, and for no arrays.
 
     >>> import numpy as np
     >>> stack([np.ones(3), np.zeros(3)], axis=1).shape
@@ -412,7 +425,11 @@ def stack(arrays: Sequence[Any], axis: int = 0) -> Any:
 
 
 def pad(x: Any, pad_width: Sequence[tuple[int, int]], value: float = 0.0) -> Any:
-    """Return x with `(before, after)` entries of `value` added along each axis, as in NumPy.
+    """Return x with entries of `value` added along its axes, as in NumPy.
+
+    pad_width: for each axis, how many to add `(before, after)` it.
+
+    Raises ValueError unless there is a pair of sizes >= 0 for each axis.
 
     >>> import numpy as np
     >>> pad(np.ones(2), [(1, 2)])

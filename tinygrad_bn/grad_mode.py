@@ -16,7 +16,12 @@ _grad_enabled: ContextVar[bool] = ContextVar("tinygrad_bn_grad_enabled", default
 
 
 def is_grad_enabled() -> bool:
-    """Return whether ops on Tensors that require grad are being recorded."""
+    """Return whether ops on Tensors that require grad are being recorded.
+
+    >>> with no_grad():
+    ...     is_grad_enabled()
+    False
+    """
     return _grad_enabled.get()
 
 

@@ -250,7 +250,10 @@ def batch_norm_relu(
 ) -> Any:
     """Return max(batch_norm(x) + residual, 0).
 
-    residual: of x's shape, or None for 0. The other arguments as in `batch_norm`.
+    residual: of x's shape, or None for 0. The other arguments, the dtype of the result and the
+        errors are those of `batch_norm`; a kernel may serve it in the passes of batch norm alone.
+
+    Raises ValueError for a residual of another shape.
 
     >>> import numpy as np
     >>> batch_norm_relu(np.array([[-1.0], [1.0]]), training=True, eps=0.0)
@@ -296,6 +299,8 @@ def batch_norm_composite(
 
     Arguments as in `batch_norm`. On Tensors the tape differentiates every step of it, which makes
     it the oracle for the analytic rule, at any order; it costs several times the time and memory.
+
+    Raises as `batch_norm` does for shapes, axes and dtypes that do not fit.
 
     >>> import numpy as np
     >>> x = np.arange(18.0).reshape(1, 2, 3, 3)

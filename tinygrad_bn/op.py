@@ -11,7 +11,7 @@ A rule asks by parameter name for what it needs, and nothing else is kept alive:
     g                  the cotangent of the output (a tuple of them for several outputs)
     out                the output (likewise)
     x, y, ...          inputs, by the forward's names; a variadic input is a tuple
-    x_shape, x_dtype   of an input, without keeping it
+    x_shape, x_dtype, x_device   of an input, without keeping it
     axis, ...          options: the forward's keyword-only parameters
     mean, ...          residuals that the forward handed out beside its output with `saving`
     needs              for each flat input, whether its cotangent is wanted
@@ -69,10 +69,13 @@ def op(
 
     forward: takes raw arrays positionally and options by keyword, returns an array, a tuple of
         arrays, or either inside `saving(...)`.
+    name: what the registry and messages call it; None for the function's own.
     domain: plain data that says on which inputs the op must be right and where its kinks are;
         `testing` turns it into samples.
     view: the output may share the first input's memory.
     differentiable: False for ops such as comparisons, whose outputs never require grad.
+
+    Raises TypeError for an array input with a default other than None.
 
     >>> import tinygrad_bn as tg
     >>> @tg.op

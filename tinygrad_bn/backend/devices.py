@@ -45,12 +45,19 @@ def device_index(device: str) -> int:
 
 
 def cuda_is_available() -> bool:
-    """Return whether CuPy is installed and sees at least one GPU (False is never an error)."""
+    """Return whether CuPy is installed and sees at least one GPU (False is never an error).
+
+    >>> device = "cuda" if cuda_is_available() else "cpu"
+    """
     return cuda.unavailable_because() is None
 
 
 def get_default_device() -> str:
-    """Return the device on which creation functions place new Tensors."""
+    """Return the device on which creation functions place new Tensors: "cpu" to begin with.
+
+    >>> get_default_device()
+    'cpu'
+    """
     return _default.get()
 
 

@@ -30,6 +30,11 @@ class Convention(NamedTuple):
     momentum, eps: their defaults.
     correction: the running variance divides by m - correction: 1 is unbiased, 0 biased.
     axis: where the channels are by default.
+
+    >>> import tinygrad_bn as tg
+    >>> keras = tg.nn.CONVENTIONS["keras"]
+    >>> keras.momentum, round(keras.weight_of_new(keras.momentum), 2), keras.correction
+    (0.99, 0.01, 0)
     """
 
     name: str

@@ -39,7 +39,9 @@ Path = str | os.PathLike[str]
 
 
 def save(model_or_state: Module | Mapping[str, Any], path: Path) -> None:
-    """Write the state of a model, or a mapping of names to Tensors or arrays, to `path`.
+    """Write a state to `path`.
+
+    model_or_state: a Module, whose state is written, or a mapping of names to Tensors or arrays.
 
     The file is written under another name in the same folder and renamed when complete: whoever
     reads `path` finds the old file or the new one, also when the writer was killed.
@@ -87,6 +89,14 @@ def load(path: Path, *, device: str = "cpu") -> dict[str, Tensor]:
 
     Raises FileNotFoundError, ValueError for a file that is no whole safetensors file, ImportError
     without the package safetensors.
+
+    >>> import tempfile, os
+    >>> import tinygrad_bn as tg
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "two.safetensors")
+    ...     tg.nn.save({"two": tg.ones(2)}, path)
+    ...     tg.nn.load(path)
+    {'two': Tensor([1., 1.], dtype=float32)}
     """
     with open(path, "rb") as file:
         content = file.read()

@@ -32,7 +32,21 @@ class Optimizer:
     A subclass checks its options in `_check` and updates one parameter in `_update`. Beside that it
     may name modules of fused kernels, by family, in `kernels`: these have `served`, which says
     whether a parameter can be updated, given its gradient and state, and `step`, which updates many
-    at once and which `_update_many` calls.
+    at once and which `_update_many` calls. (They stand for the `_update` of the class that names
+    them: a subclass with another is not served by them unless it names them again.)
+
+    >>> import tinygrad_bn as tg
+    >>> class Descent(tg.optim.Optimizer):
+    ...     def _check(self, options):
+    ...         self._at_least_zero("lr", options["lr"])
+    ...
+    ...     def _update(self, p, g, state, options):
+    ...         p -= options["lr"] * g
+    >>> p = tg.nn.Parameter([2.0, -3.0])
+    >>> (p * p).sum().backward()
+    >>> Descent([p], lr=0.25).step()
+    >>> p.tolist()
+    [1.0, -1.5]
     """
 
     #: What `_update` keeps for each parameter: names of arrays of its shape.

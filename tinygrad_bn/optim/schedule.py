@@ -20,6 +20,18 @@ class Schedule:
 
     optimizer: its learning rates now are the peaks.
     total_steps: how many steps it is planned for; later ones keep the last factor.
+
+    Raises ValueError for fewer than one.
+
+    >>> import tinygrad_bn as tg
+    >>> class Halving(tg.optim.Schedule):
+    ...     def factor(self, step):
+    ...         return 0.5**step
+    >>> sgd = tg.optim.SGD([tg.nn.Parameter([0.0])], lr=1.0)
+    >>> schedule = Halving(sgd, 10)
+    >>> schedule.step()
+    >>> sgd.lr
+    0.5
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int):
@@ -68,6 +80,7 @@ class Schedule:
 class CosineSchedule(Schedule):
     """A linear rise over `warmup` steps, then half a cosine down from the peak to peak · end.
 
+    optimizer, total_steps: as of `Schedule`.
     warmup: step k < warmup has the factor (k + 1) / (warmup + 1).
     end: the factor of the last step.
 
@@ -105,6 +118,7 @@ class CosineSchedule(Schedule):
 class OneCycle(Schedule):
     """A rise from peak · start to the peak over a share of the steps, then a fall to peak · end.
 
+    optimizer, total_steps: as of `Schedule`.
     rise: the share of the steps before the peak, in [0, 1). Both parts are half cosines.
     start, end: the factors of the first and the last step.
 

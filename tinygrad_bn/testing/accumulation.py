@@ -28,7 +28,7 @@ def check_accumulation(fn: Callable[..., Any], *inputs: Any, seed: int = 0) -> R
 
     In one backward pass through both uses, in whichever order they were made, and in two
     `backward` calls one after the other into the same `.grad`. The cotangents of the two uses
-    differ, so neither use can stand in for the other.
+    differ, so neither use can stand in for the other; `seed` is theirs.
 
     Raises GradCheckError that names the input whose gradient is not the sum.
 

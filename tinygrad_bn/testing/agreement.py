@@ -32,6 +32,9 @@ def check_raw(fn: Function, *inputs: Any, seed: int = 0) -> Report:
         must be its output for Tensors to the bit; and the gradients from rules that run on raw
         arrays those from rules that run on Tensors (`create_graph`), up to rounding: the latter
         may compute again what the former had saved.
+    seed: of the random cotangents.
+
+    Raises GradCheckError that names what differs.
 
     >>> import numpy as np
     >>> import tinygrad_bn as tg
@@ -105,6 +108,10 @@ def check_backends(fn: Function, *inputs: Any, seed: int = 0) -> Report:
     The generic form on NumPy arrays is the definition. On a GPU the gradients are differenced too,
     there. Families that cannot serve here, and a GPU that is not there, are named in the report's
     notes with the reason.
+
+    fn, inputs: as of `check_grad`, which is what differences on a GPU. seed: of the cotangents.
+
+    Raises GradCheckError that names the family or device that differs.
 
     >>> import numpy as np
     >>> from tinygrad_bn import testing

@@ -59,6 +59,7 @@ def check_grad(
         resolution: a fault would have to be at right angles to it.
     cotangents: of the outputs (an array, or one per output); None draws them at random.
     max_resolution: the largest share of a derivative that may be within the tolerance.
+    seed: of the random directions and cotangents.
     rtol: a relative tolerance to add to the one that is derived; a right gradient needs none.
 
     Raises GradCheckError where they disagree, `Inconclusive` (a GradCheckError) where that cannot

@@ -203,7 +203,8 @@ def check_graph(graph: Graph, *, seed: int = 0) -> Report:
     The values are those of the same ops on raw arrays, to the bit. The gradients, by `grad` of all
     outputs together, of one leaf alone, of interior values and under `create_graph`, and by
     `backward` from one output after the other, are `gradients_by_paths`, up to rounding as measured
-    at these values. And they agree with directional differences (`check_grad`).
+    at these values. And they agree with directional differences (by `check_grad`, whose `seed` it
+    is).
 
     Raises GradCheckError with the program in it, and `Inconclusive` where `check_grad` does.
 

@@ -65,7 +65,7 @@ def check_pure(fn: Callable[..., Any], *inputs: Any, seed: int = 0) -> Report:
     each other or the gradients of another call; who holds a view of a result keeps its memory; two
     calls agree to the bit; `.grad` after `backward` is the same and can be written to; and an input
     overwritten through its Tensor between forward and backward either does no harm or raises
-    RuntimeError.
+    RuntimeError. seed: of the random cotangents.
 
     Raises GradCheckError that names what was changed or shared.
 
@@ -116,9 +116,13 @@ def check_dtypes(
 ) -> Report:
     """Return a report that `fn` keeps the dtype of its floating inputs, in outputs and gradients.
 
+    dtypes: to which all floating inputs are cast, one after the other.
     outputs: whether the outputs must keep it too; False for a function that is asked to convert.
+    seed: of the random cotangents.
 
     Each gradient must have the dtype and shape of its input, also when the inputs' dtypes differ.
+
+    Raises GradCheckError that names the output or the gradient.
 
     >>> import numpy as np
     >>> from tinygrad_bn import testing

@@ -67,10 +67,16 @@ def assert_law(
 class Law:
     """An equation about a function.
 
-    formula: what is shown when it fails.
+    name, formula: what is shown when it fails.
     sides: (subject, inputs) -> pairs of sides, each with its scale. The subject is the function
         under test (for the laws of batch norm, a `BatchNormRun`).
     roundings: as in `assert_law`; 0 for what holds to the bit.
+
+    >>> from tinygrad_bn import testing
+    >>> def sides(fn, x):
+    ...     yield fn(-x), -fn(x), None
+    >>> print(testing.Law("odd", "f(-x) = -f(x)", sides).check(np.tanh, np.ones(3)))
+    assert_law(odd): passed
     """
 
     name: str

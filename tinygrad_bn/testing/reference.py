@@ -56,6 +56,7 @@ def check_reference(
     scale: with `ulps`, of what size the units are: an array for each output, or one for all;
         None is the right value itself.
     gradients: whether to compare them too.
+    seed: of the random cotangents and directions.
 
     Where the right value overflows the dtype, an infinity is right.
 

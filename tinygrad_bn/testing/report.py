@@ -40,9 +40,16 @@ class Comparison:
     """One derivative along one direction, analytic against numeric.
 
     input: the name of the input that was varied.
-    direction: "direction 1", or the coordinate such as "[0, 2]".
+    direction: "direction 1 of 1", or an entry such as "coordinate [0, 2]".
+    analytic, numeric: the two derivatives. tolerance: how far apart they may be.
     size: the derivative that a random direction would typically see; relative errors refer to it.
     resolution: the smallest relative error that would have been noticed, `tolerance / size`.
+
+    >>> import numpy as np
+    >>> from tinygrad_bn import testing
+    >>> (one,) = testing.check_grad(lambda x: x * x, np.array([0.5, 1.0])).comparisons
+    >>> one.direction, one.passed
+    ('direction 1 of 1', True)
     """
 
     input: str
