@@ -29,6 +29,7 @@ from tinygrad_bn.testing import strategies as tgst
 SMALL = {
     "SMALLEST": 1,
     "SMALLEST_SHARE": 1,
+    "FEWEST_CHANNELS": 1,
     "BLOCK": 16,
     "PIECE": 5,
     "WIDEST": 8,

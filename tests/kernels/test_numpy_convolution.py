@@ -9,6 +9,8 @@ from tests.ops.images import convolutions, pools
 from tinygrad_bn.backend.kernels import use_kernels
 from tinygrad_bn.kernels.cpu import (
     columns,
+    numpy_avg_pool,
+    numpy_avg_pool_input_grad,
     numpy_convolution,
     numpy_convolution_input_grad,
     numpy_convolution_weight_grad,
@@ -18,7 +20,12 @@ from tinygrad_bn.kernels.cpu import (
     threads,
 )
 from tinygrad_bn.ops.convolution import conv2d, conv2d_input_grad, conv2d_weight_grad
-from tinygrad_bn.ops.pooling import max_pool2d, scatter_windows
+from tinygrad_bn.ops.pooling import (
+    avg_pool2d,
+    avg_pool2d_input_grad,
+    max_pool2d,
+    scatter_windows,
+)
 from tinygrad_bn.windows import convolution_windows, pool_windows
 
 DTYPES = st.sampled_from([np.float32, np.float64])
@@ -79,6 +86,31 @@ def test_pooling_kernels_agree_with_the_generic_ops(data, dtype, nan):
     assert result.residuals["view"] == saved["view"]
     kernel = numpy_scatter_windows.forward(case.y, saved["places"], view=saved["view"])
     agree(kernel, gx)
+
+
+@pytest.mark.usefixtures("chunk_bytes")
+@given(case=pools(dtype=np.float32), whole=st.booleans(), with_padding=st.booleans())
+def test_mean_pool_kernels_serve_few_windows_as_the_generic_ops_do(case, whole, with_padding):
+    x, options = case.x, dict(case.options)
+    if whole:
+        size = x.shape[2:] if options["layout"] == "NCHW" else x.shape[1:3]
+        options = {"kernel_size": size, "layout": options["layout"]}
+    view = pool_windows("pool", x.shape, **options)
+    y = np.random.default_rng(0).normal(size=view.out_shape(view.channels)).astype(np.float32)
+    options["count_include_pad"] = with_padding
+    backward = {"view": view, "count_include_pad": with_padding}
+    found = numpy_avg_pool.forward(x, **options)
+    gx = numpy_avg_pool_input_grad.forward(y, **backward)
+    if np.prod(view.out) >= np.prod(view.kernel):
+        assert found is gx is NotImplemented
+        return
+    with use_kernels("generic"):
+        agree(found.out, avg_pool2d(x, **options))
+        agree(gx, avg_pool2d_input_grad(y, **backward))
+    assert numpy_avg_pool.forward(x.astype(np.float16), **options) is NotImplemented
+    assert numpy_avg_pool.forward(x[:0], **options) is NotImplemented
+    assert numpy_avg_pool_input_grad.forward(y.astype(np.float16), **backward) is NotImplemented
+    assert numpy_avg_pool_input_grad.forward(y[1:], **backward) is NotImplemented
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])

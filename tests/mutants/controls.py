@@ -11,6 +11,7 @@ from tests.mutants import (
     layer_norm_kernels,
     ops_normalization,
     per_sample,
+    pooling_kernels,
     population,
     saving,
     updates,
@@ -39,4 +40,5 @@ CONTROLS = (
     *folding.RIGHT,
     *population.RIGHT,
     *saving.RIGHT,
+    *pooling_kernels.RIGHT,
 )

@@ -7,6 +7,7 @@ from tests.mutants.ops_networks import NETWORKS
 from tests.mutants.ops_normalization import NORMALIZATION
 from tests.mutants.ops_shape import SHAPES
 from tests.mutants.per_sample import PER_SAMPLE
+from tests.mutants.pooling_kernels import POOLS
 
 MUTANTS = [*ELEMENTWISE, *SHAPES, *NETWORKS, *NORMALIZATION, *PER_SAMPLE]
-MUTANTS += [*RELU, *BLOCK, *MEMORY, *KERNELS]
+MUTANTS += [*RELU, *BLOCK, *MEMORY, *KERNELS, *POOLS]

@@ -8,6 +8,8 @@ import tinygrad_bn as tg
 from tests.ops.images import pools, to_nchw, windows_of
 from tinygrad_bn import testing
 from tinygrad_bn.backend.kernels import use_kernels
+from tinygrad_bn.kernels.cpu import numba_pooling, numba_scatter_windows
+from tinygrad_bn.kernels.cpu import pools as pools_module
 from tinygrad_bn.ops.pooling import (
     avg_pool2d,
     avg_pool2d_input_grad,
@@ -21,8 +23,13 @@ from tinygrad_bn.windows import pool_windows
 TRICKY = [0.0, -0.0, 1.0, -np.inf, np.inf, np.nan]
 
 
-@pytest.fixture(autouse=True, params=["generic", "numpy"])
-def family(request):
+@pytest.fixture(autouse=True, params=["generic", "numpy", "numba"])
+def family(request, monkeypatch):
+    if request.param == "numba":
+        pytest.importorskip("numba")
+        monkeypatch.setattr(pools_module, "SMALLEST", 1)
+        for kernel in (numba_pooling, numba_scatter_windows):
+            monkeypatch.setattr(kernel, "FEWEST_CHANNELS", 1)
     with use_kernels(request.param):
         yield request.param
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinygrad_bn.kernels.cpu import threads
+from tinygrad_bn.kernels.cpu import memory, threads
 from tinygrad_bn.kernels.layout import dense_order as dense_order
 from tinygrad_bn.kernels.layout import memory_order as memory_order
 
@@ -111,7 +111,7 @@ class Blocks:
 
     def empty(self, dtype: np.dtype) -> Array:
         """Return an uninitialised array as `lay` would give it."""
-        return np.empty(self.sizes, dtype)
+        return memory.empty(tuple(self.sizes), dtype)
 
     def parts(self, laid: Array) -> Sequence[Array]:
         """Return what lies in each group of what `lay` gave: views."""

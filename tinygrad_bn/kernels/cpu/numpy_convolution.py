@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.backend import saving
+from tinygrad_bn.kernels.cpu import memory
 from tinygrad_bn.kernels.cpu.columns import Columns, chunks, pixels, serves, weight_matrix
 from tinygrad_bn.kernels.cpu.threads import parallel
 from tinygrad_bn.windows import convolution_windows
@@ -26,7 +27,7 @@ def forward(x: Array, weight: Array, bias: Array | None = None, **options: Any) 
         return NotImplemented
     columns = Columns(x, view)
     matrix = weight_matrix(weight)
-    y = np.empty(view.out_shape(outputs), x.dtype)
+    y = memory.empty(view.out_shape(outputs), x.dtype)
     tasks = chunks(view, columns.row_bytes())
 
     def multiply(index: int) -> None:

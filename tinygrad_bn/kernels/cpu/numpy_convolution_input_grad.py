@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_bn.kernels.cpu import memory
 from tinygrad_bn.kernels.cpu.columns import Chunk, chunks, pixels, serves
 from tinygrad_bn.kernels.cpu.threads import parallel, scratch
 from tinygrad_bn.windows import Windows
@@ -27,7 +28,7 @@ def forward(y: Array, weight: Array, *, view: Windows) -> Any:
         return NotImplemented
     y = np.ascontiguousarray(y)
     matrices = np.ascontiguousarray(weight.transpose(2, 3, 0, 1))  # (KH, KW, O, C)
-    x = np.empty(view.shape, y.dtype)
+    x = memory.empty(view.shape, y.dtype)
     # Rows of one image cannot be shared among threads here, since their windows overlap.
     # Each row is used KH · KW times, so it counts double: it should stay closer than in L2.
     row_bytes = 2 * view.out[1] * (outputs + 2 * view.channels) * y.dtype.itemsize

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.backend import saving
-from tinygrad_bn.kernels.cpu import numpy_batch_norm, threads
+from tinygrad_bn.kernels.cpu import memory, numpy_batch_norm, threads
 from tinygrad_bn.kernels.cpu.halves import narrow, widen
 from tinygrad_bn.kernels.cpu.rows import Array, Axes, Block, along, dots, rows_of
 
@@ -94,7 +94,7 @@ def normalize_rows(
     rows = rows_of(x, axis, channels)
     if rows is None:
         return None
-    out = np.empty(x.shape, x.dtype)
+    out = memory.empty(x.shape, x.dtype)
     source, target = rows.matrix(x), rows.matrix(out)
     gamma, beta = rows.spread(weight), rows.spread(bias)
     mean, square = np.zeros((2, rows.count))
@@ -168,7 +168,7 @@ def pull_back_rows(
         return None
     if not numpy_batch_norm.in_range(square + eps):
         return None
-    gx = np.empty(x.shape, x.dtype) if needs[0] else None
+    gx = memory.empty(x.shape, x.dtype) if needs[0] else None
     source, cotangent = rows.matrix(x), rows.matrix(g)
     target = None if gx is None else rows.matrix(gx)
     gamma = rows.spread(weight)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.kernels.cpu import threads
+from tinygrad_bn.kernels.cpu import memory, threads
 
 Array = np.ndarray
 
@@ -26,7 +26,7 @@ def forward(x: Array, y: Array) -> Any:
     rows, columns = x.shape[0], y.shape[1]
     if x.dtype not in (np.float32, np.float64) or rows * columns * x.shape[1] < SMALLEST:
         return NotImplemented
-    out = np.empty((rows, columns), x.dtype)
+    out = memory.empty((rows, columns), x.dtype)
     shares = threads.num_threads()
 
     def work(i: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.backend import saving
+from tinygrad_bn.kernels.cpu import memory
 from tinygrad_bn.kernels.cpu.planes import for_chunks, offsets, planes
 from tinygrad_bn.kernels.cpu.threads import scratch
 from tinygrad_bn.windows import Windows, pool_windows
@@ -21,8 +22,8 @@ def forward(x: Array, **options: Any) -> Any:
     view = pool_windows("max_pool2d", x.shape, **options)
     if view.place_dtype != "uint8" or not x.size:
         return NotImplemented
-    best = np.empty(view.out_shape(view.channels), x.dtype)
-    places = np.empty(best.shape, np.uint8)
+    best = memory.empty(view.out_shape(view.channels), x.dtype)
+    places = memory.empty(best.shape, np.uint8)
     all_x, all_best, all_places = planes(x, view), planes(best, view), planes(places, view)
     starts = np.array(view.first_places(), np.uint8)[..., None] if any(view.padding) else None
     index = offsets(view)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygrad_bn.kernels.cpu import threads
+from tinygrad_bn.kernels.cpu import memory, threads
 from tinygrad_bn.kernels.cpu.channel_blocks import dense_order
 
 Array = np.ndarray
@@ -38,7 +38,7 @@ def forward(x: Array) -> Any:
     if order is None:
         return NotImplemented
     laid = x.transpose(order)
-    out = np.empty(laid.shape, x.dtype)
+    out = memory.empty(laid.shape, x.dtype)
     source, target = laid.reshape(-1), out.reshape(-1)
 
     def work(i: int) -> None:
@@ -58,7 +58,7 @@ def vjp(g: Array, out: Array) -> Any:
     if order is None:
         return NotImplemented
     bits = _BITS[out.dtype]
-    gx = np.empty([out.shape[i] for i in order], out.dtype)
+    gx = memory.empty(tuple(out.shape[i] for i in order), out.dtype)
     sign, source = out.transpose(order).reshape(-1), g.transpose(order).reshape(-1).view(bits)
     target = gx.reshape(-1).view(bits)
 
