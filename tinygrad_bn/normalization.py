@@ -62,8 +62,9 @@ def batch_norm(
         0 biased (Keras, Flax). The batch itself is always normalized by the biased variance.
 
     The result has the dtype of x; statistics are computed in float64. A constant channel gives
-    exactly bias, and so does a batch or group in which a mask leaves fewer than two values; that
-    one moves no running statistic. Source: Ioffe and Szegedy 2015, Algorithm 1.
+    exactly bias where eps > 0. So does, for any eps, a batch or group in which a mask leaves fewer
+    than two values; that one moves no running statistic. Source: Ioffe and Szegedy 2015,
+    Algorithm 1.
 
     Raises ValueError for a rank below 2, arguments that do not fit x, and in training for one
     value per channel, whose variance says nothing; TypeError for integers.
