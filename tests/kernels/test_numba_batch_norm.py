@@ -35,7 +35,7 @@ def run(x, g, case, groups=1, relu=False, needs=(1, 1, 1, 0)):
     result = numba_batch_norm.forward(x, case.weight, case.bias, **options)
     saved = result.residuals
     grads = numba_batch_norm.vjp(
-        g, x, case.weight, case.bias, None, saved["mean"], saved["var"], needs=needs, **options
+        g, x, case.weight, case.bias, saved["mean"], saved["var"], needs=needs, **options
     )
     names = ("gx", "gweight", "gbias")
     return {"y": result.out, **dict(zip(names, grads, strict=False))}, saved
@@ -189,7 +189,7 @@ def test_what_float32_cannot_hold_is_declined():
     assert forward(x, **options) is NotImplemented
     g = np.full_like(x, np.inf)
     grads = numba_batch_norm.vjp(
-        g, g, None, None, None, np.zeros(3), np.ones(3), (1,), 1e-5, 1, (1, 1, 1, 0)
+        g, g, None, None, np.zeros(3), np.ones(3), (1,), 1e-5, 1, (1, 1, 1, 0)
     )
     assert grads is NotImplemented
 

@@ -40,7 +40,6 @@ def test_kernel_matches_the_formula_for_any_axes_and_order_in_memory(case, order
         x,
         case.weight,
         case.bias,
-        None,
         saved["mean"],
         saved["var"],
         case.axis,
@@ -128,7 +127,7 @@ def test_groups_are_batches_of_their_own(case, groups):
     saved = got.residuals
     arguments = (case.axis, case.eps, groups, (1, 1, 1))
     grads = numpy_batch_norm.vjp(
-        g, x, case.weight, case.bias, None, saved["mean"], saved["var"], *arguments
+        g, x, case.weight, case.bias, saved["mean"], saved["var"], *arguments
     )
     with use_kernels("generic"):
         _, expected = batch_norm.call_with_residuals(x, axis=case.axis, eps=case.eps, groups=groups)
@@ -162,7 +161,7 @@ def test_inputs_are_not_written_and_gx_is_left_out_when_not_needed():
     kept = x.copy(), g.copy()
     saved = numpy_batch_norm.forward(x, axis=(1,), eps=1e-5).residuals
     grads = numpy_batch_norm.vjp(
-        g, x, None, None, None, saved["mean"], saved["var"], (1,), 1e-5, 1, (False, True, False)
+        g, x, None, None, saved["mean"], saved["var"], (1,), 1e-5, 1, (False, True, False)
     )
     assert grads[0] is None and grads[2] is None and grads[1].shape == (3,)
     np.testing.assert_array_equal(x, kept[0])

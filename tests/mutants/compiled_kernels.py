@@ -15,15 +15,15 @@ from tests.mutants.verifiers import as_op
 from tinygrad_bn import functional as F
 from tinygrad_bn.backend import LentMemory
 from tinygrad_bn.kernels.cpu import (
+    channel_loops,
     channels,
     conv_block_loops,
     conv_block_plan,
     memory,
     numba_batch_norm,
-    numba_channels,
     numba_conv_block,
-    numba_vectors,
     threads,
+    vector_loops,
 )
 from tinygrad_bn.kernels.cpu.channels import Channels
 from tinygrad_bn.kernels.cpu.conv_block_plan import Plan
@@ -258,7 +258,7 @@ def without_limits():
     return replaced(*_SMALL, (_K, "VARIANCES", limits), (_K, "NUMBERS", limits))
 
 
-_K, _C, _V = numba_batch_norm, numba_channels, numba_vectors
+_K, _C, _V = numba_batch_norm, channel_loops, vector_loops
 
 NORM = [
     norm("tail forgotten", Channels, "__init__", tail_not_made),

@@ -13,7 +13,7 @@ from tests.mutants.planting import replaced
 from tinygrad_bn import functional as F
 from tinygrad_bn.kernels.cpu import (
     channel_blocks,
-    numba_channels,
+    channel_loops,
     numba_masked_batch_norm,
     numpy_masked_batch_norm,
 )
@@ -230,7 +230,7 @@ def of_the_first_part(part):
     return lambda share, cut, columns: share[: (cut.stop - cut.start) // columns]
 
 
-_C = numba_channels
+_C = channel_loops
 
 NUMPY = [
     mutant(_NUMPY, fault, "shares_of", change)

@@ -5,7 +5,7 @@ import tinygrad_bn as tg
 from tinygrad_bn import functional as F
 from tinygrad_bn import nn
 from tinygrad_bn.backend import kernels, saving
-from tinygrad_bn.kernels.cpu import numpy_batch_norm
+from tinygrad_bn.kernels.cpu import numpy_batch_norm, numpy_masked_batch_norm
 from tinygrad_bn.testing import GradCheckError, check_module
 
 X = np.random.default_rng(0).normal(size=(4, 3, 5, 5))
@@ -38,7 +38,7 @@ def test_a_module_that_draws_is_not_compared_between_backends_and_the_report_say
 
 def test_a_wrong_kernel_within_a_module_is_caught(monkeypatch):
     monkeypatch.setattr(numpy_batch_norm, "SMALLEST", 1)
-    right = numpy_batch_norm.forward
+    right = numpy_masked_batch_norm.forward
 
     def wrong(x, *args, **options):
         found = right(x, *args, **options)

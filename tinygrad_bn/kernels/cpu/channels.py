@@ -1,4 +1,4 @@
-"""How a tensor is handed to the compiled loops of `numba_channels`: flat, in shares, one a thread.
+"""How a tensor is handed to the compiled loops of `channel_loops`: flat, in shares, one a thread.
 
 In memory's order a tensor is (N, C, S), the channels' sizes multiplied to C. Runs of S shorter than
 `SHORTEST_RUN` leave an inner loop too little to do. Then the entries of whole samples, as many as

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.backend import saving
-from tinygrad_bn.kernels.cpu import numba_vectors, threads
+from tinygrad_bn.kernels.cpu import threads, vector_loops
+from tinygrad_bn.kernels.cpu.channel_loops import add_moments, add_products, combine, normalize
 from tinygrad_bn.kernels.cpu.channels import Array, Axes, Channels, channels_of
 from tinygrad_bn.kernels.cpu.compiled import usable
-from tinygrad_bn.kernels.cpu.numba_channels import add_moments, add_products, combine, normalize
-from tinygrad_bn.kernels.cpu.numba_vectors import first_values, moments, slopes
+from tinygrad_bn.kernels.cpu.vector_loops import first_values, moments, slopes
 
 # The least and the largest of what is held: of variances, so that products of two such numbers
 # still are, and of any number.
@@ -40,16 +40,18 @@ def forward(
     x: Array,
     weight: Array | None = None,
     bias: Array | None = None,
-    mask: Array | None = None,
     *,
     axis: Axes,
     eps: float,
     groups: int = 1,
     relu: bool = False,
 ) -> Any:
-    """Return what `ops.batch_norm.batch_norm` returns, or NotImplemented; max(y, 0) if `relu`."""
+    """Return what `ops.batch_norm.batch_norm` does without a mask, or NotImplemented.
+
+    relu: return max(y, 0) for y.
+    """
     channels = channels_of(x, axis, groups)
-    if channels is None or mask is not None or not usable():
+    if channels is None or not usable():
         return NotImplemented
     laid, out = channels.lay(x), channels.empty(x.dtype)
     parts = out.reshape(groups, -1)
@@ -76,7 +78,6 @@ def vjp(
     x: Array,
     weight: Array | None,
     bias: Array | None,
-    mask: Array | None,
     mean: Array,
     var: Array,
     axis: Axes,
@@ -85,14 +86,12 @@ def vjp(
     needs: tuple[bool, ...],
     relu: bool = False,
 ) -> Any:
-    """Return what the rule of `ops.batch_norm.batch_norm` returns, or NotImplemented.
+    """Return what the rule of `ops.batch_norm.batch_norm` does without a mask, or NotImplemented.
 
     relu: g is the cotangent of max(y, 0).
     """
     channels = channels_of(x, axis, groups)
-    if channels is None or mask is not None or g.dtype != x.dtype or not g.flags.aligned:
-        return NotImplemented
-    if not usable():
+    if channels is None or g.dtype != x.dtype or not g.flags.aligned or not usable():
         return NotImplemented
     laid, laid_g, gx = channels.lay(x), channels.lay(g), channels.empty(x.dtype)
     found = np.stack([mean.reshape(groups, -1), var.reshape(groups, -1)], axis=1)
@@ -147,7 +146,7 @@ def affine(
     """
     vectors = channels.rows(5, dtype)
     options = VARIANCES[dtype], NUMBERS[dtype], *channels.spreading
-    held = numba_vectors.affine.of(dtype)(found, weight, bias, eps, *options, vectors)
+    held = vector_loops.affine.of(dtype)(found, weight, bias, eps, *options, vectors)
     return vectors if held else None
 
 

@@ -38,4 +38,4 @@ def vjp(
     """Return what the rule of `ops.fused.batch_norm_relu` returns, or NotImplemented."""
     if residual is not None:
         return NotImplemented
-    return numba_batch_norm.vjp(g, x, weight, bias, None, mean, var, axis, eps, 1, needs, relu=True)
+    return numba_batch_norm.vjp(g, x, weight, bias, mean, var, axis, eps, 1, needs, relu=True)

@@ -19,15 +19,15 @@ from tinygrad_bn.backend import saving
 from tinygrad_bn.kernels.cpu import numba_batch_norm
 from tinygrad_bn.kernels.cpu.channels import Array, Axes, Channels, channels_of
 from tinygrad_bn.kernels.cpu.compiled import usable
-from tinygrad_bn.kernels.cpu.numba_batch_norm import NUMBERS, affine, one_each, over_groups
-from tinygrad_bn.kernels.cpu.numba_masked_channels import (
+from tinygrad_bn.kernels.cpu.masked_channel_loops import (
     add_moments,
     add_products,
     combine,
     normalize,
 )
-from tinygrad_bn.kernels.cpu.numba_vectors import moments, slopes
+from tinygrad_bn.kernels.cpu.numba_batch_norm import NUMBERS, affine, one_each, over_groups
 from tinygrad_bn.kernels.cpu.shares import shares_of
+from tinygrad_bn.kernels.cpu.vector_loops import moments, slopes
 
 
 def forward(
@@ -95,7 +95,7 @@ def vjp(
 ) -> Any:
     """Return what the rule of `ops.batch_norm.batch_norm` returns, or NotImplemented."""
     if mask is None:
-        return numba_batch_norm.vjp(g, x, weight, bias, None, mean, var, axis, eps, groups, needs)
+        return numba_batch_norm.vjp(g, x, weight, bias, mean, var, axis, eps, groups, needs)
     channels = channels_of(x, axis, groups, may_spread=False)
     if channels is None or g.dtype != x.dtype or not g.flags.aligned or not usable():
         return NotImplemented

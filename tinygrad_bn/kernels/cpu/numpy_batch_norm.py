@@ -44,15 +44,14 @@ def forward(
     x: Array,
     weight: Array | None = None,
     bias: Array | None = None,
-    mask: Array | None = None,
     *,
     axis: Axes,
     eps: float,
     groups: int = 1,
 ) -> Any:
-    """Return what `ops.batch_norm.batch_norm` returns, or NotImplemented."""
+    """Return what `ops.batch_norm.batch_norm` does without a mask, or NotImplemented."""
     blocks = blocks_for(x, axis, groups)
-    if blocks is None or mask is not None:
+    if blocks is None:
         return NotImplemented
     laid = blocks.lay(x)
     found = []
@@ -74,7 +73,6 @@ def vjp(
     x: Array,
     weight: Array | None,
     bias: Array | None,
-    mask: Array | None,
     mean: Array,
     var: Array,
     axis: Axes,
@@ -82,9 +80,9 @@ def vjp(
     groups: int,
     needs: tuple[bool, ...],
 ) -> Any:
-    """Return what the rule of `ops.batch_norm.batch_norm` returns, or NotImplemented."""
+    """Return what the rule of that op does without a mask, or NotImplemented."""
     blocks = blocks_for(x, axis, groups)
-    if blocks is None or mask is not None or g.dtype != x.dtype or not in_range(var + eps):
+    if blocks is None or g.dtype != x.dtype or not in_range(var + eps):
         return NotImplemented
     gx = blocks.empty(x.dtype) if needs[0] else None
     total = np.zeros((2, blocks.channels))  # Σ g x̂ and Σ g

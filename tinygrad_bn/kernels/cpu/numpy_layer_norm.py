@@ -66,7 +66,7 @@ def vjp(
     """Return what the rule of `ops.normalization.layer_norm` returns, or NotImplemented."""
     if _per_sample(x, axis, channels):
         grads = numpy_batch_norm.vjp(
-            g, x, weight, None, None, mean, var, channels, eps, x.shape[0], needs
+            g, x, weight, None, mean, var, channels, eps, x.shape[0], needs
         )
         return grads if grads is NotImplemented else grads[:3]
     grads = pull_back_rows(g, x, weight, mean, var, axis, channels, eps, needs)

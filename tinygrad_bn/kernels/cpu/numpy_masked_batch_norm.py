@@ -87,7 +87,7 @@ def vjp(
 ) -> Any:
     """Return what the rule of `ops.batch_norm.batch_norm` returns, or NotImplemented."""
     if mask is None:
-        return numpy_batch_norm.vjp(g, x, weight, bias, None, mean, var, axis, eps, groups, needs)
+        return numpy_batch_norm.vjp(g, x, weight, bias, mean, var, axis, eps, groups, needs)
     blocks = blocks_for(x, axis, groups)
     if blocks is None or g.dtype != x.dtype or not in_range(var + eps):
         return NotImplemented

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_bn.kernels.cpu.channel_loops import CONSTANT, HIGH, LEVEL, SCALE, SLOPE
 from tinygrad_bn.kernels.cpu.compiled import compiled
-from tinygrad_bn.kernels.cpu.numba_channels import CONSTANT, HIGH, LEVEL, SCALE, SLOPE
 
 Array = Any
 

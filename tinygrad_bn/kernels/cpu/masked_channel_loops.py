@@ -1,4 +1,4 @@
-"""Compiled loops as in `numba_channels`, over a tensor of which a mask says how often values count.
+"""Compiled loops as in `channel_loops`, over a tensor of which a mask says how often values count.
 
 `share` holds p, the part that a value has in its channel's mean: for each sample and position, the
 same in all channels, and 0 for what does not count. That is passed over, whatever it is: NaN times
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from tinygrad_bn.kernels.cpu.channel_loops import CONSTANT, HIGH, LEVEL, SCALE, SLOPE
 from tinygrad_bn.kernels.cpu.compiled import compiled
-from tinygrad_bn.kernels.cpu.numba_channels import CONSTANT, HIGH, LEVEL, SCALE, SLOPE
 
 Array = Any
 
