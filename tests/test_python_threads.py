@@ -11,6 +11,7 @@ import itertools
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from queue import SimpleQueue
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 import tinygrad_bn as tg
 from tinygrad_bn import functional as F
 from tinygrad_bn import nn, optim
+from tinygrad_bn.backend.kernels import use_kernels
 from tinygrad_bn.kernels.cpu import blas, memory, threads
 
 THREADS = 6
@@ -109,9 +111,18 @@ def assert_same(found, expected):
             np.testing.assert_array_equal(a, b)
 
 
-def test_models_that_are_trained_side_by_side_come_out_as_alone():
-    alone = [trained(i) for i in range(THREADS)]
-    assert_same(at_once(trained), alone)
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("family", ["the best", "numpy"])
+def test_models_that_are_trained_side_by_side_come_out_as_alone(monkeypatch, family, count):
+    """To the bit: for a fixed number of threads each sum is added up in one order."""
+    monkeypatch.setattr(threads, "_count", count)
+
+    def train(i):
+        with nullcontext() if family == "the best" else use_kernels(family):
+            return trained(i)
+
+    alone = [train(i) for i in range(THREADS)]
+    assert_same(at_once(train), alone)
     assert blas._before is None
 
 
