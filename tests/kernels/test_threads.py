@@ -14,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tinygrad_bn as tg
+from tinygrad_bn import functional as F
+from tinygrad_bn.backend.kernels import unusable_because, use_kernels
 from tinygrad_bn.kernels.cpu import blas, memory, threads
 
 ROOT = Path(__file__).parents[2]
@@ -381,6 +384,9 @@ def test_no_lock_that_another_thread_holds_is_locked_in_a_forked_child():
 FORK_WHILE_OTHERS_WORK = """
 import os, sys, threading, time
 import numpy as np
+import tinygrad_bn as tg
+from tinygrad_bn import functional as F
+from tinygrad_bn.backend.kernels import unusable_because, use_kernels
 from tinygrad_bn.kernels.cpu import blas, memory, threads
 
 threads.set_num_threads(2)
@@ -486,3 +492,48 @@ def test_the_interpreter_ends_at_once_and_without_a_word(ending):
     out, err = python(code + ENDINGS[ending])
     assert err == ""
     assert out == ("(True, [0, 1, 2])" if "finalizer" in ending else "")
+
+
+def results_of_kernels():
+    """Return outputs and gradients of ops whose kernels add up what several threads have summed."""
+    rng = np.random.default_rng(0)
+
+    def drawn(*shape):
+        return tg.Tensor(rng.standard_normal(shape), requires_grad=True)
+
+    x, scale, shift = drawn(64, 6, 48, 48), drawn(6), drawn(6)
+    rows, weight, filters = drawn(600, 64), drawn(64), drawn(4, 6, 3, 3)
+    found = []
+    for out, inputs in (
+        (F.batch_norm(x, weight=scale, bias=shift, training=True), (x, scale, shift)),
+        (F.layer_norm(rows, (64,), weight), (rows, weight)),
+        (F.conv2d(x, filters), (x, filters)),
+        (rows.T @ rows, (rows,)),
+    ):
+        g = tg.Tensor(rng.standard_normal(out.shape))
+        found += [out.numpy(), *(h.numpy() for h in tg.grad(out, inputs, g))]
+    return found
+
+
+@pytest.mark.parametrize("family", ["numba", "numpy"])
+def test_results_do_not_depend_on_which_thread_comes_first(monkeypatch, family):
+    """To the bit, in float64: the order of a sum is that of its parts, not of their ends."""
+    if reason := unusable_because(family):
+        pytest.skip(reason)
+    order = np.random.default_rng(1)
+    asked = []
+
+    def shuffled(task, count):
+        asked.append(count)
+        for index in order.permutation(count):
+            task(int(index))
+
+    with use_kernels(family):
+        expected = results_of_kernels()
+        for name, module in list(sys.modules.items()):
+            if name.startswith("tinygrad_bn.kernels.cpu") and hasattr(module, "parallel"):
+                monkeypatch.setattr(module, "parallel", shuffled)
+        for _ in range(4):
+            for result, same in zip(results_of_kernels(), expected, strict=True):
+                np.testing.assert_array_equal(result, same)
+    assert max(asked) > 1
