@@ -51,11 +51,9 @@ def conv_block(
     array([[[[0.  , 0.  ],
              [1.19, 1.63]]]])
     """
-    channels = tuple(kernel.shape[:1])
-    vectors = [v for v in (running_mean, running_var, weight, bias) if v is not None]
     # What is unusual, or wrong, takes the plain way: that one knows what to say about it.
     usual = eps >= 0 and 0 <= momentum <= 1 and (running_mean is None) == (running_var is None)
-    usual = usual and groups == 1 and all(tuple(v.shape) == channels for v in vectors)
+    usual = usual and groups == 1 and _per_channel(kernel, running_mean, running_var)
     if usual and (training or running_mean is None):
         found = conv_block_if_served(
             x, kernel, offset, weight, bias, eps,
@@ -94,8 +92,10 @@ def conv_block_if_served(
 ) -> tuple[Any, BatchStatistics] | None:
     """Return the block's output and the statistics of the batch; None where no kernel serves it.
 
-    Arguments as `conv_block`'s; weight and bias are taken to fit.
+    Arguments as `conv_block`'s.
     """
+    if not _per_channel(kernel, weight, bias):
+        return None
     found = _fused.conv_block.served(
         x, kernel, offset, weight, bias, eps=float(eps),
         stride=stride, padding=padding, dilation=dilation, pool=pool, layout=layout,
@@ -104,3 +104,9 @@ def conv_block_if_served(
         return None
     y, residuals = found
     return y, BatchStatistics(residuals["mean"], residuals["var"], residuals["count"])
+
+
+def _per_channel(kernel: Any, *vectors: Any) -> bool:
+    """Return whether each of `vectors` that is there has one value per output channel."""
+    channels = tuple(kernel.shape[:1])
+    return all(vector is None or tuple(vector.shape) == channels for vector in vectors)

@@ -371,7 +371,7 @@ def first_part_alone(merged):
     return lambda parts: merged(parts[:1])
 
 
-def activated_without(at):
+def affine_without(at):
     return lambda activate: lambda *args: activate(*args[:at], None, *args[at + 1 :])
 
 
@@ -504,8 +504,8 @@ BLOCK = [
     block("last images of a share left out", _B._Shares, "chunks", without_last_chunk),
     block("pixels that no window covers left out of the statistics", _L, "add_sums",
           without_the_rest),
-    block("γ forgotten", _B, "_activate", activated_without(4)),
-    block("β forgotten", _B, "_activate", activated_without(5)),
+    block("γ forgotten", _B, "_affine", affine_without(2)),
+    block("β forgotten", _B, "_affine", affine_without(3)),
     block("last entry of a window never wins", _L, "pool", without_last_entry),
     block("smallest for largest", _L, "pool", smallest_for_largest),
     block("cotangent passes where nothing is above 0", _L, "pool", first_place_if_none),

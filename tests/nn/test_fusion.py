@@ -120,6 +120,21 @@ def test_a_subclass_and_a_forward_set_on_a_layer_are_called(served):
     assert [shape[2:] for shape in served] == [(7, 7)]  # without the pool
 
 
+@pytest.mark.parametrize("cls", [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d])
+@pytest.mark.parametrize("method", ["forward", "__call__"])
+def test_a_method_replaced_on_a_layers_class_is_called(cls, method, monkeypatch):
+    model, seen = network(), []
+    right = getattr(cls, method)
+
+    def watched(self, x):
+        seen.append(self)
+        return right(self, x)
+
+    monkeypatch.setattr(cls, method, watched)
+    model(batch())
+    assert seen == [module for module in model if type(module) is cls]
+
+
 def test_layers_that_do_not_fit_together_run_by_themselves(served):
     x = batch()
     for model in (
@@ -149,6 +164,59 @@ def test_wrong_sizes_are_reported_by_the_layer_that_meets_them():
         nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(5), nn.ReLU())(batch())
     with pytest.raises(ValueError, match="one value per channel"):
         nn.Sequential(nn.Conv2d(1, 4, 9), nn.BatchNorm2d(4), nn.ReLU())(batch(n=1))
+    for norm, dimensions in ((nn.BatchNorm1d, "2 or 3"), (nn.BatchNorm3d, "5")):
+        with pytest.raises(ValueError, match=f"{norm.__name__}: .*expected {dimensions} dim"):
+            nn.Sequential(nn.Conv2d(1, 4, 3), norm(4), nn.ReLU())(batch())
+
+
+@pytest.mark.parametrize("size", [1, 5, (4, 1)])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_of_another_size_is_refused_and_moves_nothing(name, size):
+    model = network()
+    setattr(model[1], name, nn.Parameter(np.ones(size, "f")))
+    with pytest.raises(ValueError, match=f"batch_norm: {name} has shape"):
+        model(batch())
+    assert model[1].num_batches_tracked.item() == 0
+
+
+def test_a_kernel_of_more_channels_than_the_norms_is_refused():
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False), nn.ReLU()
+    )
+    model[0].weight = nn.Parameter(np.ones((8, 1, 3, 3), "f"))
+    with pytest.raises(ValueError, match="so 8 channels on axis 1; expected num_features=4"):
+        model(batch())
+
+
+def test_a_pool_that_does_not_fit_is_reported_as_by_itself():
+    fused, plain = network(pool=nn.MaxPool2d(8)), network(pool=nn.MaxPool2d(8))
+    messages = []
+    for model, run in ((fused, lambda m, x: m(x)), (plain, one_by_one)):
+        with pytest.raises(ValueError, match="max_pool2d") as caught:
+            run(model, batch())
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert fused[1].num_batches_tracked.item() == plain[1].num_batches_tracked.item() == 1
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_is_not_finite_in_a_parameter_shows_as_layer_by_layer(layer, name, value):
+    results = []
+    for run in (lambda m, x: m(x), one_by_one):
+        model = network()
+        getattr(model[layer], name).data[0] = value
+        results.append(run(model[:4], batch()).numpy())
+    np.testing.assert_allclose(*results, rtol=0, atol=2e-6)
+    assert np.isfinite(results[0][:, 1:]).all()
+
+
+def test_a_bias_of_a_wider_dtype_widens_the_result():
+    model = network()
+    model[0].bias = nn.Parameter(np.ones(4))
+    assert model[:4](batch()).dtype == np.float64
 
 
 def test_recomputing_leaves_the_statistics_alone(served):

@@ -6,8 +6,8 @@ batch norm and ReLU. What comes out, gradients of any order included, is what th
 themselves give, within rounding.
 
 A layer is plain if its class is exactly the library's own (a subclass may do anything) and nothing
-looks at what goes through it (no hook, no `forward` set on it). In evaluation, and wherever no
-kernel answers, the layers are called as they stand.
+looks at what goes through it (no hook, no other `forward` set on it or on its class). In
+evaluation, and wherever no kernel answers, the layers are called as they stand.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from tinygrad_bn.nn.module import Module
 from tinygrad_bn.nn.pooling import MaxPool2d
 
 _NORMS = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
+#: How a layer of each class runs, as the library has it.
+_OWN = {cls: (cls.__call__, cls.forward) for cls in (Conv2d, *_NORMS, ReLU, MaxPool2d)}
 
 
 def step(modules: Sequence[Module], at: int, x: Any) -> tuple[int, Any]:
@@ -43,7 +45,10 @@ def step(modules: Sequence[Module], at: int, x: Any) -> tuple[int, Any]:
 
 
 def is_plain(module: Module) -> bool:
-    """Return whether calling `module` runs its class's `forward` and nothing else."""
+    """Return whether calling `module` runs the library's `forward` for it and nothing else."""
+    cls = type(module)
+    if _OWN.get(cls) != (cls.__call__, cls.forward):
+        return False
     return "forward" not in vars(module) and not module.has_hooks
 
 
@@ -52,7 +57,8 @@ def _conv_block(conv: Any, norm: Any, pool: Any, x: Any) -> tuple[int, Any] | No
     channels_last = conv.layout == "NHWC"
     if (
         not norm.takes_statistics
-        or norm.num_features != conv.out_channels
+        or norm.num_features != conv.weight.shape[0]
+        or 4 not in (norm.ranks or (4,))
         or norm.axis not in ((3, -1) if channels_last else (1, -3))
         or norm.groups != 1
         or conv.groups != 1

@@ -116,7 +116,10 @@ def plan_for(view: Windows, pool: Pair | None, outputs: int, itemsize: int) -> P
     values = view.batch * view.out[0] * view.out[1]  # of a channel
     if values < 2 or not outputs or values * outputs < SMALLEST:
         return None
-    plan = _plan(view._replace(batch=1), pool, outputs, itemsize)
+    try:
+        plan = _plan(view._replace(batch=1), pool, outputs, itemsize)
+    except ValueError:  # of a pool that does not fit, as the pool by itself will say
+        return None
     return None if plan.entries > 254 or plan.image_bytes > LARGEST_IMAGE else plan
 
 

@@ -50,7 +50,7 @@ def forward(
     layout: str,
 ) -> Any:
     """Return what `ops.fused.conv_block` returns, or NotImplemented."""
-    if not serves(x, kernel) or not x.size:
+    if not serves(x, kernel, offset) or not x.size:
         return NotImplemented
     view = convolution_windows(
         x.shape, kernel.shape, None if offset is None else offset.shape,
@@ -64,10 +64,14 @@ def forward(
         mean, var = _convolve(plan, x, np.ascontiguousarray(weight_matrix(kernel)), middle)
         if not in_range(var + eps):
             return NotImplemented
+        reported = mean if offset is None else mean + offset
+        vectors = _affine(mean, var + eps, weight, bias, x.dtype)
+        # The loops compare, which drops a NaN: only finite vectors make none.
+        if not all(np.isfinite(vector).all() for vector in (reported, *vectors)):
+            return NotImplemented
         places = memory.empty((view.batch, plan.plane), np.uint8)
-        out = _activate(plan, middle, mean, var + eps, weight, bias, places)
+        out = _activate(plan, middle, vectors, places)
     shape = (1, 1, 1, -1) if layout == "NHWC" else (1, -1, 1, 1)
-    reported = mean if offset is None else mean + offset
     return saving(
         out,
         mean=reported.reshape(shape),
@@ -122,23 +126,25 @@ def _merged(parts: list[tuple[int, Array, Array, Array]]) -> tuple[Array, Array]
     return mean, square / count
 
 
-def _activate(
-    plan: Plan,
-    middle: Array,
-    mean: Array,
-    var: Array,
-    weight: Array | None,
-    bias: Array | None,
-    places: Array,
-) -> Array:
-    """Return the block's output, and fill `places`; var: with eps in it."""
-    dtype = middle.dtype
+def _affine(
+    mean: Array, var: Array, weight: Array | None, bias: Array | None, dtype: Any
+) -> tuple[Array, ...]:
+    """Return high, scale and constant: (middle - high) scale + constant is batch norm's output.
+
+    var: with eps in it.
+    """
     scale = 1 / np.sqrt(var)
     if weight is not None:
         scale = scale * weight
     high = mean.astype(dtype)
     constant = (high - mean) * scale if bias is None else bias + (high - mean) * scale
-    vectors = tuple(plan.spread(v, dtype) for v in (high, scale, constant))
+    return high, scale.astype(dtype), constant.astype(dtype)
+
+
+def _activate(plan: Plan, middle: Array, vectors: tuple[Array, ...], places: Array) -> Array:
+    """Return the block's output, and fill `places`; vectors: of `_affine`."""
+    dtype = middle.dtype
+    vectors = tuple(plan.spread(v, dtype) for v in vectors)
     last = plan.view.layout == "NHWC"
     size = (*plan.pooled, plan.outputs) if last else (plan.outputs, *plan.pooled)
     out = memory.empty((len(middle), *size), dtype)
