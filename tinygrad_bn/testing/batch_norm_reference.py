@@ -43,6 +43,19 @@ class Expected:
     axis: int
 
 
+def _statistics(
+    x: np.ndarray, p: np.ndarray, counts: np.ndarray, others: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and variance over the axes `others`, p being the share of each value."""
+    mean = (p * x).sum(others, keepdims=True)
+    # Again, from the deviations: exact where all values are equal.
+    mean = mean + (p * (x - mean)).sum(others, keepdims=True)
+    first = np.where(counts, x, -np.inf).max(others, keepdims=True)
+    constant = np.where(counts, x, np.inf).min(others, keepdims=True) == first
+    mean = np.where(constant, first, mean)
+    return mean, (p * (x - mean) ** 2).sum(others, keepdims=True)
+
+
 def expected(
     x: np.ndarray,
     weight: np.ndarray | None,
@@ -80,13 +93,7 @@ def expected(
     p = often / np.where(total > 0, total, 1)
     with np.errstate(all="ignore"):
         if given is None:
-            mean = (p * xw).sum(others, keepdims=True)
-            # Again, from the deviations: exact where all values are equal.
-            mean = mean + (p * (xw - mean)).sum(others, keepdims=True)
-            first = np.where(counts, xw, -np.inf).max(others, keepdims=True)
-            constant = np.where(counts, xw, np.inf).min(others, keepdims=True) == first
-            mean = np.where(constant, first, mean)
-            var = (p * (xw - mean) ** 2).sum(others, keepdims=True)
+            mean, var = _statistics(xw, p, counts, others)
         else:
             mean, var = (a.astype(WIDE).reshape(along) for a in given)
         s = 1 / np.sqrt(var + WIDE(eps))
