@@ -473,27 +473,27 @@ class Tensor(TensorBase):
     # --- reductions ----------------------------------------------------------------------------
 
     def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        """Return the sum over `axis` (None: over all)."""
+        """Return the sum over `axis` (None: over all), which `keepdims` leaves with size 1."""
         return _r.sum(self, axis=axis, keepdims=keepdims)
 
     def mean(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        """Return the mean over `axis` (None: over all)."""
+        """Return the mean over `axis`; arguments as of `sum`."""
         return _r.mean(self, axis=axis, keepdims=keepdims)
 
     def var(self, axis: Axis = None, correction: float = 0, keepdims: bool = False) -> Tensor:
-        """Return the variance over `axis`: Σ(x - mean)² / (n - correction)."""
+        """Return the variance over `axis`, Σ(x - mean)² / (n - correction); else as `sum`."""
         return _r.var(self, axis=axis, correction=correction, keepdims=keepdims)
 
     def max(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        """Return the largest entry over `axis`."""
+        """Return the largest entry over `axis`, as `sum`; equal ones share the gradient."""
         return _r.max(self, axis=axis, keepdims=keepdims)
 
     def min(self, axis: Axis = None, keepdims: bool = False) -> Tensor:
-        """Return the smallest entry over `axis`."""
+        """Return the smallest entry over `axis`, as `sum`; equal ones share the gradient."""
         return _r.min(self, axis=axis, keepdims=keepdims)
 
     def argmax(self, axis: int | None = None, keepdims: bool = False) -> Tensor:
-        """Return the index of the largest entry."""
+        """Return the index of the largest entry over one `axis`; of all, flat, for None."""
         return _r.argmax(self, axis=axis, keepdims=keepdims)
 
     # --- shapes --------------------------------------------------------------------------------
@@ -511,7 +511,7 @@ class Tensor(TensorBase):
         return _s.transpose(self, axes=_sizes(axes) if axes and axes[0] is not None else None)
 
     def swapaxes(self, a: int, b: int) -> Tensor:
-        """Return two axes exchanged."""
+        """Return the Tensor with axes a and b exchanged."""
         axes = list(range(self.ndim))
         axes[a], axes[b] = axes[b], axes[a]
         return _s.transpose(self, axes=tuple(axes))
