@@ -241,3 +241,10 @@ def test_a_forked_child_begins_with_no_memory_waiting():
         os._exit(bool(memory._waiting or memory._waiting_bytes))
     assert os.waitpid(child, 0)[1] == 0
     assert memory._waiting
+
+
+def test_a_dtype_that_is_not_numpys_own_is_kept():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = memory.empty((1000, 1000), ml_dtypes.bfloat16)
+    x[...] = 0.5
+    assert x.dtype == ml_dtypes.bfloat16 and x.sum(dtype=np.float32) == 500_000

@@ -61,7 +61,8 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """
     dtype = np.dtype(dtype)
     wanted = math.prod(shape) * dtype.itemsize
-    if wanted < SMALLEST:
+    # A dtype of ml_dtypes has a name of NumPy's that stands for plain bytes.
+    if wanted < SMALLEST or np.dtype(dtype.str) != dtype:
         return np.empty(shape, dtype)
     return np.asarray(_Block(_take(_rounded(wanted)), shape, dtype))
 
