@@ -190,6 +190,43 @@ def test_threads_never_share_an_array():
     assert not wrong
 
 
+@pytest.mark.parametrize("limit", [2, 100])
+def test_a_collection_of_garbage_in_the_midst_of_it_may_bring_and_ask_for_memory(
+    limit, monkeypatch
+):
+    class Disturbed(dict):
+        """Blocks by size; at each of some looks at it, blocks come back and one is asked for."""
+
+        times, inside = 0, False
+
+    def disturbed(name):
+        def call(self, *args):
+            if self.times and not self.inside:
+                self.times, self.inside = self.times - 1, True
+                memory._put(np.empty(memory.SMALLEST, np.uint8))
+                memory._take(2 * memory.SMALLEST)
+                memory._put(np.empty(2 * memory.SMALLEST, np.uint8))
+                self.inside = False
+            return getattr(dict, name)(self, *args)
+
+        return call
+
+    for name in ("__contains__", "__getitem__", "__setitem__", "__delitem__", "__iter__", "pop"):
+        setattr(Disturbed, name, disturbed(name))
+    monkeypatch.setattr(memory, "_waiting", Disturbed())
+    monkeypatch.setattr(memory, "LIMIT", limit * memory.SMALLEST)
+    rng = np.random.default_rng(0)
+    for times in range(20):
+        memory._waiting.times = times
+        held = [
+            memory.empty((n * memory.SMALLEST,), np.uint8) for n in rng.integers(1, 3, 3).tolist()
+        ]
+        del held
+        waiting = [block.size for blocks in dict.values(memory._waiting) for block in blocks]
+        assert memory._waiting_bytes == sum(waiting) <= memory.LIMIT
+        assert all(dict.values(memory._waiting))
+
+
 @pytest.mark.parametrize("hold_a_view", [False, True])
 def test_a_gradient_in_lent_memory_is_taken_over_unless_somebody_else_sees_it(hold_a_view):
     seen = []

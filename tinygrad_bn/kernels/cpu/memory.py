@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,10 @@ SMALLEST = 128 * 2**10
 # longest go back to the system: those of another batch size, of a model that is gone.
 LIMIT = 256 * 2**20
 
-# Re-entrant: a collection of garbage may bring blocks back while one is being taken.
-_lock = threading.RLock()
+# Never waited for: a collection of garbage may bring blocks back, or ask for one, in the midst of
+# what the lock guards, and in the thread that holds it.
+_lock = threading.Lock()
+_left: deque[np.ndarray] = deque()  # came back, and not in `_waiting` yet
 _waiting: dict[int, list[np.ndarray]] = {}  # by size; the one last used is the last
 _waiting_bytes = 0
 
@@ -69,25 +72,39 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def _put(memory: np.ndarray) -> None:
     """Let `memory` wait for its next use."""
-    global _waiting_bytes
-    size = memory.size
-    if size > LIMIT:
+    if memory.size > LIMIT:
         return
-    with _lock:
-        blocks = _waiting.pop(size, [])
-        blocks.append(memory)
-        _waiting[size] = blocks
-        _waiting_bytes += size
-        while _waiting_bytes > LIMIT:
-            _drop(next(iter(_waiting)))
+    _left.append(memory)
+    while _left and _lock.acquire(blocking=False):
+        try:
+            _sort()
+        finally:
+            _lock.release()
 
 
 def _take(size: int) -> np.ndarray:
     """Return memory of `size` bytes: what waits, or else fresh."""
-    with _lock:
-        if size in _waiting:
-            return _drop(size)
+    if _lock.acquire(blocking=False):
+        try:
+            _sort()
+            if size in _waiting:
+                return _drop(size)
+        finally:
+            _lock.release()
     return np.empty(size, np.uint8)
+
+
+def _sort() -> None:
+    """Move what has come back to `_waiting`, and let go of what is beyond the limit."""
+    global _waiting_bytes
+    while _left:
+        memory = _left.popleft()
+        blocks = _waiting.pop(memory.size, [])
+        blocks.append(memory)
+        _waiting[memory.size] = blocks
+        _waiting_bytes += memory.size
+        while _waiting_bytes > LIMIT:
+            _drop(next(iter(_waiting)))
 
 
 def _drop(size: int) -> np.ndarray:
@@ -104,7 +121,8 @@ def _drop(size: int) -> np.ndarray:
 def _forget() -> None:
     """Begin anew in a forked child: it has but one thread, and another may have been halfway."""
     global _lock, _waiting_bytes
-    _lock = threading.RLock()
+    _lock = threading.Lock()
+    _left.clear()
     _waiting.clear()
     _waiting_bytes = 0
 
