@@ -9,6 +9,7 @@ from tests.mutants import (
     compiled_kernels,
     folding,
     layer_norm_kernels,
+    loss_kernels,
     ops_normalization,
     per_sample,
     pooling_kernels,
@@ -41,4 +42,5 @@ CONTROLS = (
     *population.RIGHT,
     *saving.RIGHT,
     *pooling_kernels.RIGHT,
+    *loss_kernels.RIGHT,
 )

@@ -237,4 +237,7 @@ def _(g: Any, logits: Any, target: Any, logs: Any, reduction: str, needs: Any) -
     return (glogits, -logs * g if needs[1] else None)
 
 
-cross_entropy.use_kernels(cuda="tinygrad_bn.kernels.cuda.cross_entropy")
+cross_entropy.use_kernels(
+    numpy="tinygrad_bn.kernels.cpu.numpy_cross_entropy",
+    cuda="tinygrad_bn.kernels.cuda.cross_entropy",
+)
