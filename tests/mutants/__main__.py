@@ -19,8 +19,9 @@ _HEAD = """\
 # Mutants: what the verification kit finds out
 
 `tinygrad_bn.testing` is tested on code that is wrong on purpose. Below is every such mutant: the
-checks of `testing.verify_batch_norm` (or `testing.verify`, for the other ops) that found it out,
-and after how many examples, each time of at most {examples}. Where seeds differ, so may the check.
+checks that found it out, and after how many examples, each time of at most {examples}. They are
+those of `testing.verify_batch_norm`, of `testing.verify` for other ops, of a state machine for
+layers, and laws for the rest. Where seeds differ, so may the check.
 
 The page is written by `make mutants`, and `tests/mutants/` holds the mutants. `make test` requires
 that each is found out with one seed.
