@@ -240,6 +240,15 @@ def test_the_function_is_the_four_functions(served):
     assert len(served) == 1
 
 
+def test_the_pool_of_the_function_may_be_what_a_pools_may_be(served):
+    x, kernel = batch().numpy(), np.ones((4, 1, 3, 3), "f")
+    for pool in (2, np.int64(2), (2, 2), [2, 2]):
+        assert F.conv_block(x, kernel, training=True, pool=pool).shape == (6, 4, 3, 3)
+    assert len(served) == 4
+    with pytest.raises(ValueError, match=r"the kernel size is 2\.0"):  # which is equal to 2
+        F.conv_block(x, kernel, training=True, pool=2.0)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -116,15 +116,14 @@ def plan_for(view: Windows, pool: Pair | None, outputs: int, itemsize: int) -> P
     values = view.batch * view.out[0] * view.out[1]  # of a channel
     if values < 2 or not outputs or values * outputs < SMALLEST:
         return None
+    view = view._replace(batch=1)
     try:
-        plan = _plan(view._replace(batch=1), pool, outputs, itemsize)
+        image = (1, *view.out, outputs)
+        windows = None if pool is None else pool_windows("max_pool2d", image, pool, layout="NHWC")
     except ValueError:  # of a pool that does not fit, as the pool by itself will say
         return None
+    plan = _plan(view, windows, outputs, itemsize)
     return None if plan.entries > 254 or plan.image_bytes > LARGEST_IMAGE else plan
 
 
-@lru_cache(maxsize=256)
-def _plan(view: Windows, pool: Pair | None, outputs: int, itemsize: int) -> Plan:
-    image = (1, *view.out, outputs)
-    windows = None if pool is None else pool_windows("max_pool2d", image, pool, layout="NHWC")
-    return Plan(view, windows, outputs, itemsize)
+_plan = lru_cache(maxsize=256)(Plan)
