@@ -36,6 +36,7 @@ SMALL = {
     "SHORTEST_RUN": 3,
     "SHORTEST_ROW": 4,
     "CHUNK_BYTES": 256,
+    "MOST_WINDOWS": 100,
 }
 #: Not sizes: `numpy_layer_norm` compares shares of a variance with it.
 NOT_SIZES = {("numpy_layer_norm", "SMALLEST_SHARE")}

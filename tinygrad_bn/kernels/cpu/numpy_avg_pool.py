@@ -19,6 +19,9 @@ from tinygrad_bn.windows import Windows, pool_windows
 Array = Any
 Pixels = tuple[slice, slice]
 
+# Up to so many windows for each entry of one, the generic form makes more passes.
+MOST_WINDOWS = 1
+
 
 def forward(x: Array, *, count_include_pad: bool = True, **options: Any) -> Any:
     """Return what `ops.pooling.avg_pool2d` returns, or NotImplemented."""
@@ -42,7 +45,7 @@ def forward(x: Array, *, count_include_pad: bool = True, **options: Any) -> Any:
 
 def few(view: Windows) -> bool:
     """Return whether there are fewer windows than entries in one."""
-    return view.out[0] * view.out[1] < view.kernel[0] * view.kernel[1]
+    return view.out[0] * view.out[1] < MOST_WINDOWS * view.kernel[0] * view.kernel[1]
 
 
 def each(view: Windows) -> Iterator[tuple[int, int, Pixels]]:
