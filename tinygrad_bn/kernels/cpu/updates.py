@@ -29,6 +29,11 @@ def serves(loop: Compiled, p: Array, others: Sequence[Array]) -> bool:
     """Return whether `loop` updates a parameter `p`, given its gradient and its state."""
     if p.dtype not in _DTYPES or not p.flags.carray:
         return False
+    g = others[0]
+    # One pass would read what it has just written. (Two arrays that own their memory share none.)
+    views = p.base is not None or g.base is not None
+    if p is g or (views and np.may_share_memory(p, g)):
+        return False
     for array in others:
         if array.dtype != p.dtype or not (array.flags.c_contiguous and array.flags.aligned):
             return False
