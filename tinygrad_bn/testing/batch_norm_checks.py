@@ -176,10 +176,14 @@ def constant(candidate: Candidate, d: Any) -> None:
 
 def nan(candidate: Candidate, d: Any) -> None:
     """A NaN or an infinity stays in the channel it came in, which it fills with NaN."""
-    x = d.x.copy()
-    last = np.moveaxis(x, d.axis, 0)[-1]
-    last[(0,) * last.ndim] = np.nan if one_of(2, d) else np.inf
-    d = replace(d, x=x)
+    for value in (np.nan, np.inf):
+        x = d.x.copy()
+        last = np.moveaxis(x, d.axis, 0)[-1]
+        last[(0,) * last.ndim] = value
+        _require_nan_in_last_channel(candidate, replace(d, x=x))
+
+
+def _require_nan_in_last_channel(candidate: Candidate, d: Any) -> None:
     done = Pass(candidate, d, running=True)
     got = {"y": done.y, **done.gradients()}
     right = want(d)
