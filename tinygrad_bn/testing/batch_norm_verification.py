@@ -52,6 +52,7 @@ CHECKS = (
     Check("state", checks.state, 16, {"training": True}),
     Check("evaluation", modes.evaluation, 20, {"training": False}),
     Check("mask", samples.masks, 8, _SAMPLED, ("mask",)),
+    Check("masked layouts", samples.masked_layouts, 14, _TAME, ("mask",)),
     Check("without state", checks.without_state, 4, {"training": True}),
     Check("constant channels", checks.constant, 16, {"degenerate": True}),
     Check("mixed dtypes", checks.mixed_dtypes, 8, {"training": True, "dtypes": ("float16",)}),
@@ -73,7 +74,6 @@ CHECKS = (
     Check("second order", modes.second_order, 14, _SECOND),
     Check("masked second order", samples.second_order, 6, _SECOND, ("mask",)),
     Check("layouts", modes.layouts, 14, _TAME),
-    Check("masked layouts", samples.masked_layouts, 7, _TAME, ("mask",)),
 )
 
 #: Examples of each check in the first round, so that each has its say early.
