@@ -122,7 +122,7 @@ def test_degenerate_cases_are_all_drawn():
         yield from ["no variance"] * bool((np.ptp(x, axis=1) == 0).any())
         yield from ["constant cotangent"] * bool(np.ptp(drawn.cotangent) == 0)
 
-    seen = counted(tgst.degenerate_batch_norm_inputs(), kinds)
+    seen = counted(tgst.degenerate_batch_norm_inputs(), kinds, examples=800)
     assert all(
         seen[k] > 3 for k in ("one value", "two values", "no variance", "constant cotangent")
     )
