@@ -260,7 +260,7 @@ class _Builder:
         else:
             margin = (kind.high - kind.low) / 20
             pieces = allowed_intervals(kind.low, kind.high, kind.kinks, margin)
-            array = np.round(spread_over(rng.random(shape), pieces), 2)
+            array = np.asarray(np.round(spread_over(rng.random(shape), pieces), 2))
         return self._add(Leaf(array, isinstance(kind, Real)), array, 1)
 
     def _add_step(self, op: Op, inputs: tuple[int | None, ...], options: Mapping[str, Any]) -> int:
