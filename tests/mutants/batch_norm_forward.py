@@ -155,7 +155,9 @@ FORWARD = [
         name: lambda p, name=name: BATCH[name](p).astype(p.x.dtype) for name in ("mean", "var")}),
     mutant("NaN of one channel spreads to the others", forward={"mean": by_matrix_product}),
     mutant("NaN is taken for 0", forward={"wide": lambda p: np.nan_to_num(
-        p.x.astype("float64"))}),
+        p.x.astype("float64"), posinf=np.inf, neginf=-np.inf)}),
+    mutant("an infinity is taken for 0", forward={"wide": lambda p: np.nan_to_num(
+        p.x.astype("float64"), nan=np.nan, posinf=0.0, neginf=0.0)}),
     mutant("takes memory order for C order", forward={
         "wide": lambda p: in_memory_order(p.x).astype("float64")}),
     mutant("takes the cotangent's memory order for C order", both={
