@@ -314,3 +314,25 @@ def test_rounding_that_does_not_move_with_the_last_bits_is_no_asymmetry():
         x = np.random.default_rng(seed).uniform(-1, 1, 5)
         x[0] += 8
         check_double_grad(tg.functional.softmax, x, seed=seed)
+
+
+@pytest.mark.parametrize("mode", ["auto", "full", "complex-step"])
+@pytest.mark.parametrize(
+    "size", [1e-320, 1e-300, 1e-200, 1e-155, 1e-100, 1e100, 1e150, 1e200, 1e300]
+)
+def test_squares_that_leave_the_range_are_neither_wrong_nor_right_by_it(size, mode):
+    x = size * np.array([1.0, -0.7, 0.3])
+    triple = made(lambda x: 3 * x, lambda g, x: (g * 2,))
+    square = made(lambda x: x * x, lambda g, x: (g * x,))
+    for right, wrong in ((lambda x: 3 * x, triple), (lambda x: x * x, square)):
+        with np.errstate(over="ignore", invalid="ignore"), suppress(Inconclusive):
+            check_grad(right, x, mode=mode)
+        with np.errstate(over="ignore", invalid="ignore"), pytest.raises(GradCheckError):
+            check_grad(wrong, x, mode=mode)
+    if 1e-300 < size < 1e300 and mode != "complex-step":  # nothing is lost: this must be seen
+        check_grad(lambda x: 3 * x, x, mode=mode)
+
+
+def test_a_complex_step_that_is_too_coarse_is_rejected():
+    with pytest.raises(Inconclusive, match="too coarse"):
+        check_grad(lambda x: 3 * x, np.array([1e-300]), mode="complex-step")

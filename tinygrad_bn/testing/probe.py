@@ -12,7 +12,7 @@ derivative under nudged inputs. See `differences.py` and `noise.py` for the term
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,9 @@ Array = Any
 
 _EPSILON = float(np.finfo(np.float64).eps)
 _TINY = float(np.finfo(np.float64).tiny)
+
+#: A sum of squares between this and its inverse has lost none that count.
+_SAFE = 1e-280
 
 #: A step far too small for float64's digits, and just right for a complex step, which subtracts
 #: nothing.
@@ -174,7 +177,8 @@ class Probe:
     def along_imaginary(self, i: int, direction: np.ndarray, label: str) -> Comparison:
         """Return the comparison with Im L(x + ih·direction) / h, which subtracts nothing.
 
-        Only for functions that are analytic and accept complex arrays.
+        Only for functions that are analytic and accept complex arrays. Raises Inconclusive where
+        the resolution is too coarse to tell.
         """
         line = _Line(self, {i: direction}, label)
         arrays = list(self.problem.inputs)
@@ -183,8 +187,10 @@ class Probe:
         value = sum(dot(g, o.imag) for g, o in zip(self.cotangents, outputs, strict=True))
         # Rounding is relative to the terms of the derivative, of which `natural` knows nothing.
         noise = _EPSILON * line.sizes[i]
-        found = Derivative(value / _COMPLEX_STEP, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0)
-        return self._compare(line, found, 0.0, noise, self._analytic_noise(line))
+        found = Derivative(value / _COMPLEX_STEP, 0.0, _COMPLEX_STEP, 1.0, 0.0, 0.0, 0.0)
+        comparison = self._compare(line, found, 0.0, noise, self._analytic_noise(line))
+        self._require_sight(comparison, (found,), noise)
+        return comparison
 
     # --- the scalar --------------------------------------------------------------------------
 
@@ -299,6 +305,8 @@ class Probe:
         own = tolerance.total - tolerance.given
         if against > 0:
             resolution = own / against
+        elif any((self.gradients[i] != 0).any() for i in line.moves):
+            resolution = math.inf  # what there is has gone below the smallest number
         else:  # zero everywhere: nothing to be seen, unless the quotient is lost in noise
             resolution = 0.0 if own <= 2 * tolerance.underflow else math.inf
         names = ", ".join(self.problem.names[i] for i in line.moves)
@@ -340,9 +348,16 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _norm(arrays: Any) -> float:
-    """Return the root of the sum of all squares."""
-    return math.sqrt(sum(dot(a, a) for a in arrays))
+def _norm(arrays: Iterable[Array]) -> float:
+    """Return the root of the sum of all squares, also where squares leave the range of float64."""
+    arrays = list(arrays)
+    total = sum(dot(a, a) for a in arrays)
+    if _SAFE < total < 1 / _SAFE:
+        return math.sqrt(total)
+    largest = max((abs(a).max().item() for a in arrays if a.size), default=0.0)
+    if not 0 < largest < math.inf:
+        return largest
+    return largest * math.sqrt(sum(dot(a / largest, a / largest) for a in arrays))
 
 
 def dot(a: Array, b: Array) -> float:
