@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
+from tinygrad_bn.testing.hard_cases import least_rounding
+
 
 @dataclass
 class Case:
@@ -68,10 +70,14 @@ class Answer:
     scales: dict[str, np.ndarray]
 
     def errors(self, **got):
-        """Return, for each named result, its largest error relative to its scale."""
+        """Return, for each named result, its largest error relative to its scale.
+
+        Half the least number of a result's dtype is no error: so far it must be rounded.
+        """
         result = {}
         for name, value in got.items():
             error = np.abs(np.asarray(value, np.longdouble) - getattr(self, name))
+            error = np.maximum(error - least_rounding(value.dtype), 0)
             scale = np.broadcast_to(self.scales[name], error.shape)
             result[name] = float(np.where(error == 0, 0, error / np.maximum(scale, 1e-300)).max())
         return result

@@ -81,14 +81,15 @@ def _error(got: np.ndarray, right: np.ndarray, scale: np.ndarray, dtype: np.dtyp
     with np.errstate(all="ignore"):
         rounded = right.astype(got.dtype)
         error = np.abs(got.astype(np.longdouble) - right)
-        error = np.maximum(error - _least(got.dtype), 0) / np.where(scale == 0, 1, scale)
+        error = np.maximum(error - least_rounding(got.dtype), 0) / np.where(scale == 0, 1, scale)
     same = (got == rounded) | (np.isnan(got) & np.isnan(rounded))
     error = np.where(same & ~np.isfinite(rounded), 0.0, error)
     error = np.where(np.isnan(error), np.where(same, 0.0, np.inf), error)
     return float(error.max(initial=0))
 
 
-def _least(dtype: np.dtype) -> float:
+def least_rounding(dtype: np.dtype) -> float:
+    """Return how far rounding to `dtype` may move any number: half the least there is."""
     if dtype.name == "bfloat16":
         return 2.0**-133 / 2
     return float(np.finfo(dtype).smallest_subnormal) / 2
