@@ -5,6 +5,7 @@ So whatever a step does besides has to be told here, at the place where it is do
 
     each_time(action)        do something on the host now, and again before every replay
     number(value, dtype)     a number that may differ from step to step
+    lasting(make)            memory that replays read and do not write
     must_stay(what, holds)   something that replays rely on
     refuse(what)             something that no replay can repeat
 
@@ -30,6 +31,7 @@ class Watch:
     recording: whether its work is being recorded; otherwise it is done, and only watched.
     actions: what to do on the host before a replay, in order.
     conditions: what must hold for a replay to be right, with the words to say that it does not.
+    held: memory that replays read, kept for as long as there may be any.
     """
 
     def __init__(self, recorder: Any = None, recording: bool = False):
@@ -37,6 +39,7 @@ class Watch:
         self.recording = recording
         self.actions: list[Callable[[], Any]] = []
         self.conditions: list[tuple[str, Callable[[], bool]]] = []
+        self.held: list[Any] = []
 
 
 _watching: ContextVar[Watch | None] = ContextVar("tinygrad_bn_watching", default=None)
@@ -81,11 +84,21 @@ def number(value: Callable[[], float], like: Any) -> Any:
         return value()
     from tinygrad_bn.backend.arrays import array_module
 
-    with watch.recorder.outside():
-        held = array_module(like).full((), value(), dtype=like.dtype)
+    held = lasting(lambda: array_module(like).full((), value(), dtype=like.dtype))
     # A kernel that fills takes the number as an argument: no copy that the host could overtake.
     watch.actions.append(lambda: held.fill(value()))
     return held
+
+
+def lasting(make: Callable[[], Any]) -> Any:
+    """Return the array `make()`, made now and not by replays, which find it as it is then."""
+    watch = watching()
+    if watch is None or not watch.recording:
+        return make()
+    with watch.recorder.outside():
+        made = make()
+    watch.held.append(made)
+    return made
 
 
 def must_stay(what: str, holds: Callable[[], bool]) -> None:

@@ -66,6 +66,9 @@ class ShimRuntime:
     def current_device(self) -> int:
         return 0
 
+    def current_stream(self) -> int:
+        return 0
+
     def properties(self, index: int) -> launch.Device:
         return self.device
 

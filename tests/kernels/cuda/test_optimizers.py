@@ -1,6 +1,7 @@
 """Optimizers in one launch, run on the CPU, against the array operations that define them."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -86,34 +87,109 @@ def test_updates_are_those_of_the_array_operations(make):
     check()
 
 
+def names(launched):
+    return [name for name, *_ in launched]
+
+
 @makers
-@pytest.mark.parametrize(("count", "launches"), [(1, 1), (16, 1), (17, 2)])
-def test_many_parameters_are_one_launch(served, make, count, launches):
+@pytest.mark.parametrize("count", [1, 16, 17, 700])
+def test_a_step_is_one_launch_however_many_parameters_there_are(served, make, count):
+    """Of 150 elements, 64 a chunk; a table is written first, and serves until something moves."""
+    some = parameters([(5, 30)] * count, "float32")
+    optimizer = make(some)
+    set_gradients(some, seed=0)
+    optimizer.step()  # which makes the state
     before = len(served.launched)
-    trained("cuda", make, [(5, 30)] * count, "float32", steps=1)
-    found = served.launched[before:]
-    assert len(found) == launches
-    assert sum(blocks for _, blocks, _ in found) == 3 * count  # 150 elements, 64 a block
+    optimizer.step()
+    first = served.launched[before:]
+    assert len(set(first[:-1])) <= 1  # nothing but words written, where state is new to the table
+    assert first[-1][0] in ("sgd", "adam")
+    assert first[-1][1] == 3 * count
+    for k in range(3):
+        set_gradients(some, seed=k)
+        before = len(served.launched)
+        optimizer.step()
+        assert names(served.launched[before:]) == [first[-1][0]]
 
 
 @makers
-def test_a_step_that_is_replayed_gives_the_same_bits_as_steps_that_are_not(make):
-    shapes = [(4, 40), (7,), ()]
+def test_gradients_may_lie_elsewhere_at_every_step_and_some_be_missing(make):
+    def run(family):
+        with use_kernels(family):
+            some = parameters([(9, 30), (200,), (), (7,)], "float32")
+            optimizer, held = make(some), []
+            for k in range(6):
+                rng = np.random.default_rng(k)
+                for i, p in enumerate(some):
+                    g = rng.normal(size=p.shape)
+                    p.grad = None if (i + k) % 4 == 0 else tg.tensor(g, dtype="float32")
+                    held.append(p.grad)  # so that no memory is used again
+                some[1].requires_grad = k != 3  # frozen, with the gradient it had
+                optimizer.step()
+        return [p.numpy() for p in some]
 
-    class Recorder:
-        outside = staticmethod(nullcontext)
+    for got, want in zip(run("cuda"), run("generic"), strict=True):
+        np.testing.assert_allclose(got, want, rtol=3e-6, atol=3e-6)
 
-    class Graph(shim.ShimRuntime):
-        """Writes down what is launched."""
 
-        def __init__(self):
-            super().__init__()
-            self.calls = []
+def test_a_gradient_that_comes_back_to_where_it_was_needs_no_new_table(served):
+    (p,) = parameters([(70,)], "float32")
+    here, there = (tg.ones(70) for _ in range(2))
+    optimizer = optim.SGD([p], 0.1)
+    before = len(served.launched)
+    for grad in (here, there, here, there, here):
+        p.grad = grad
+        optimizer.step()
+    assert names(served.launched[before:]) == ["set_words", "sgd", "set_words", *["sgd"] * 4]
 
-        def launch(self, *arguments):
+
+def test_tables_are_forgotten_in_time_and_made_again(served, monkeypatch):
+    monkeypatch.setattr(optimizers, "_kept", lru_cache(2)(optimizers._written))
+    (p,) = parameters([(70,)], "float32")
+    grads = [tg.ones(70) for _ in range(3)]
+    before, start = len(served.launched), p.numpy().copy()
+    for grad in grads * 2:
+        p.grad = grad
+        optim.SGD([p], 0.5).step()
+    assert names(served.launched[before:]) == ["set_words", "sgd"] * 6
+    np.testing.assert_allclose(p.numpy(), start - 3, rtol=0, atol=1e-6)
+
+
+def test_streams_and_devices_have_tables_of_their_own(served, monkeypatch):
+    (p,) = parameters([(70,)], "float32")
+    set_gradients([p], seed=0)
+    before = len(served.launched)
+    for device, stream in ((0, 0), (0, 5), (1, 5), (0, 0), (0, 5)):
+        monkeypatch.setattr(served, "current_device", lambda device=device: device)
+        monkeypatch.setattr(served, "current_stream", lambda stream=stream: stream)
+        optim.SGD([p], 0.5).step()
+    assert names(served.launched[before:]) == [*["set_words", "sgd"] * 3, "sgd", "sgd"]
+
+
+class Graph(shim.ShimRuntime):
+    """Writes down what is launched, except outside; a recorder as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        self.writes = True
+
+    def launch(self, *arguments):
+        if self.writes:
             self.calls.append(arguments)
-            super().launch(*arguments)
+        super().launch(*arguments)
 
+    @contextmanager
+    def outside(self):
+        self.writes = False
+        yield
+        self.writes = True
+
+
+@makers
+@pytest.mark.parametrize("count", [1, 20])
+def test_a_step_that_is_replayed_gives_the_same_bits_as_steps_that_are_not(make, count):
+    shapes = [(4, 40), (7,), ()] * count
     want = trained("cuda", make, shapes, "float32", steps=6)
     graph = Graph()
     with shim.on_cuda_kernels(graph):
@@ -126,18 +202,34 @@ def test_a_step_that_is_replayed_gives_the_same_bits_as_steps_that_are_not(make)
                 optimizer.step()
             elif k == 2:
                 graph.calls.clear()
-                watch = StepWatch(Recorder(), recording=True)
+                watch = StepWatch(graph, recording=True)
                 with watched_by(watch):
                     optimizer.step()
                 calls = list(graph.calls)
             else:
+                # What nobody held would have been overwritten by now.
+                junk = [np.full(n, 7, np.int64) for n in range(1, 500)]  # noqa: F841
                 for action in watch.actions:
                     action()
                 for call in calls:
                     graph.launch(*call)
-    assert len(calls) == 1
+    assert len(calls) == 1  # no table is written by a replay
     for p, right in zip(some, want, strict=False):
         np.testing.assert_array_equal(p.numpy(), right)
+
+
+def test_a_graph_holds_its_table_and_a_rehearsal_leaves_none(served):
+    """A table from a recorder's memory would keep that from being given back."""
+    (p,) = parameters([(70,)], "float32")
+    set_gradients([p], seed=0)
+    optimizer, found = optim.SGD([p], 0.5), optimizers._kept.cache_info()
+    for recording in (False, True):
+        watch = StepWatch(Graph(), recording)
+        with watched_by(watch):
+            optimizer.step()
+        tables = [array for array in watch.held if array.dtype == np.int64]
+        assert len(tables) == recording
+    assert optimizers._kept.cache_info() == found
 
 
 def test_groups_with_options_of_their_own_and_parameters_that_join_later(served):
@@ -153,7 +245,8 @@ def test_groups_with_options_of_their_own_and_parameters_that_join_later(served)
 
     before = len(served.launched)
     ours, right = run("cuda"), run("generic")
-    assert len(served.launched) - before == 2 + 3 + 3  # b has taken fewer steps than a
+    steps = [name for name in names(served.launched[before:]) if name != "set_words"]
+    assert len(steps) == 2 + 3 + 3  # b has taken fewer steps than a
     for got, want in zip(ours, right, strict=True):
         np.testing.assert_allclose(got, want, rtol=3e-6, atol=3e-6)
 
@@ -176,7 +269,8 @@ def test_what_the_kernel_does_not_serve_is_updated_beside_what_it_does(served, m
 
     before = len(served.launched)
     ours, right = run("cuda"), run("generic")
-    assert len(served.launched) - before == 2 * 2  # float32 and float64
+    steps = [name for name in names(served.launched[before:]) if name != "set_words"]
+    assert len(steps) == 2 * 2  # float32 and float64
     for got, want in zip(ours, right, strict=True):
         np.testing.assert_allclose(got, want, rtol=3e-6, atol=3e-6)
 

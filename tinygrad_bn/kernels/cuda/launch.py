@@ -64,6 +64,10 @@ class Runtime(Protocol):
         """Return the index of the current device."""
         ...
 
+    def current_stream(self) -> int:
+        """Return a number for the stream that kernels run on."""
+        ...
+
     def properties(self, index: int) -> Device:
         """Return what device `index` is like."""
         ...
@@ -116,6 +120,10 @@ class CupyRuntime:
         self.current_device = cupy.cuda.runtime.getDevice
         self._devices: dict[int, Device] = {}
         self._int, self._float = cupy.int64, cupy.float64
+
+    def current_stream(self) -> int:
+        """Return a number for the stream that kernels run on."""
+        return self._cupy.cuda.get_current_stream().ptr
 
     def properties(self, index: int) -> Device:
         """Return what device `index` is like."""
