@@ -48,6 +48,40 @@ CALLS = {
 }
 
 
+#: Calls that hand integers on; with 200 channels arithmetic in uint8 would overflow.
+SIZES = {
+    "conv2d": lambda n: F.conv2d(
+        np.ones((1, 200, 5, 5)), np.ones((200, 50, 2, 2)), None, n(2), n(1), n(1), n(4)
+    ),
+    "conv_block": lambda n: F.conv_block(
+        IMAGES, np.ones((4, 2, 3, 3)), training=True, groups=n(2), pool=n(2), stride=n(1)
+    ),
+    "max_pool2d": lambda n: F.max_pool2d(IMAGES, n(2), n(1), n(1)),
+    "batch_norm": lambda n: F.batch_norm(
+        np.arange(40_000.0).reshape(200, 200), training=True, groups=n(4), axis=n(1)
+    ),
+    "group_norm": lambda n: F.group_norm(np.arange(800.0).reshape(2, 200, 2), n(4)),
+    "layer_norm": lambda n: F.layer_norm(X, n(6)),
+    "rms_norm": lambda n: F.rms_norm(X, n(6)),
+    "softmax": lambda n: F.softmax(X, n(0)),
+    "flatten": lambda n: F.flatten(IMAGES, n(2)),
+    "a reduction": lambda n: tg.Tensor(X).sum(axis=n(1)).numpy(),
+    "a gradient": lambda n: _gradient_of_groups(n(2)),
+}
+
+
+def _gradient_of_groups(groups):
+    x = tg.tensor(IMAGES, requires_grad=True)
+    (g,) = tg.grad(F.conv2d(x, np.ones((4, 2, 3, 3)), groups=groups).sum(), x)
+    return g.numpy()
+
+
+@pytest.mark.parametrize("integer", [np.uint8, np.int64, np.array], ids=["uint8", "int64", "0-d"])
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_and_axes_may_be_any_integers(name, integer):
+    np.testing.assert_array_equal(SIZES[name](integer), SIZES[name](int))
+
+
 def test_every_function_is_called_here():
     assert set(CALLS) == set(F.__all__)
 

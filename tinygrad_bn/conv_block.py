@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tinygrad_bn.normalization import BatchStatistics, batch_norm
+from tinygrad_bn.normalization_checks import check_state, checked_numbers
 from tinygrad_bn.ops import fused as _fused
 from tinygrad_bn.ops.convolution import conv2d
 from tinygrad_bn.ops.elementwise import relu
@@ -51,8 +52,11 @@ def conv_block(
     array([[[[0.  , 0.  ],
              [1.19, 1.63]]]])
     """
+    eps, momentum = checked_numbers("conv_block", eps, momentum, correction)
+    if training:
+        check_state("conv_block", {"running_mean": running_mean, "running_var": running_var})
     # What is unusual, or wrong, takes the plain way: that one knows what to say about it.
-    usual = eps >= 0 and 0 <= momentum <= 1 and (running_mean is None) == (running_var is None)
+    usual = (running_mean is None) == (running_var is None)
     usual = usual and groups == 1 and _per_channel(kernel, running_mean, running_var)
     if usual and (training or running_mean is None):
         found = conv_block_if_served(
@@ -62,7 +66,7 @@ def conv_block(
         if found is not None:
             y, statistics = found
             if running_mean is not None:
-                statistics.move(running_mean, running_var, float(momentum), correction)
+                statistics.move(running_mean, running_var, momentum, correction)
             return y
     y = conv2d(
         x, kernel, offset, stride=stride, padding=padding, dilation=dilation, groups=groups,

@@ -170,7 +170,9 @@ def _last_axes(
     name: str, x: Any, normalized_shape: Shape
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the axes of x before the normalized ones, and these; raise if the sizes differ."""
-    sizes = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    sizes = (
+        tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    )
     check_floating(name, x)
     first = x.ndim - len(sizes)
     if not sizes or first < 0 or tuple(x.shape[first:]) != sizes:

@@ -128,7 +128,7 @@ def _batch_norm(
         return finish(
             _ops.batch_norm_given(x, running_mean, running_var, weight, bias, axis=axes, eps=eps)
         )
-    mask = checked_sample(name, x, axes, mask, groups)
+    mask, groups = checked_sample(name, x, axes, mask, groups)
     out, found = by_the_batch(x, weight, bias, mask, axes, eps, groups, finish)
     if running_mean is not None:
         found.move(running_mean, running_var, momentum, correction)
@@ -203,7 +203,7 @@ def batch_norm_and_statistics(
     """
     axes = kept_axes("batch_norm", x, axis)
     check_vectors("batch_norm", {"weight": weight, "bias": bias}, axes, x)
-    mask = checked_sample("batch_norm", x, axes, mask, groups)
+    mask, groups = checked_sample("batch_norm", x, axes, mask, groups)
     return by_the_batch(x, weight, bias, mask, axes, float(eps), groups, finish)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from tinygrad_bn.backend import is_floating, placed
@@ -60,7 +61,11 @@ def check_vectors(name: str, vectors: dict[str, Any], axes: tuple[int, ...], x: 
 def checked_numbers(
     name: str, eps: float, momentum: float, correction: float
 ) -> tuple[float, float]:
-    """Return eps and momentum as floats; raise ValueError for one that makes no sense."""
+    """Return eps and momentum as floats; raise TypeError for what is no number, ValueError for one
+    that makes no sense."""
+    for what, value in (("eps", eps), ("momentum", momentum), ("correction", correction)):
+        if not hasattr(value, "__float__"):
+            raise TypeError(f"{name}: {what} is {value!r}, expected a number")
     eps, momentum = float(eps), float(momentum)
     if not eps >= 0:
         raise ValueError(f"{name}: eps is {eps}, expected a number >= 0")
@@ -94,11 +99,15 @@ def check_state(name: str, vectors: dict[str, Any]) -> None:
             )
 
 
-def checked_sample(name: str, x: Any, axes: tuple[int, ...], mask: Any, groups: int) -> Any:
-    """Return the mask as a raw array after checking that x can be averaged as it is asked for."""
+def checked_sample(
+    name: str, x: Any, axes: tuple[int, ...], mask: Any, groups: int
+) -> tuple[Any, int]:
+    """Return the mask as a raw array, and groups, after checking that x can be averaged so."""
     shape = tuple(x.shape)
-    if not hasattr(groups, "__index__"):
-        raise TypeError(f"{name}: groups is {groups!r}, expected an integer")
+    try:
+        groups = operator.index(groups)
+    except TypeError:
+        raise TypeError(f"{name}: groups is {groups!r}, expected an integer") from None
     if groups < 1 or shape[0] % groups or (groups > 1 and 0 in axes):
         raise ValueError(
             f"{name}: groups={groups} does not split axis 0 of x, of shape {shape} and with its "
@@ -112,7 +121,7 @@ def checked_sample(name: str, x: Any, axes: tuple[int, ...], mask: Any, groups: 
             f"whatever it is; use a larger batch, or training=False with running statistics"
         )
     if mask is None:
-        return None
+        return None, groups
     mask = raw(mask)
     kind = getattr(mask, "dtype", None)
     if kind is None or not (kind.kind in "biu" or is_floating(kind)):
@@ -129,7 +138,7 @@ def checked_sample(name: str, x: Any, axes: tuple[int, ...], mask: Any, groups: 
             f"{name}: mask has shape {tuple(mask.shape)}, expected as many dimensions as x, of "
             f"shape {shape}, each of x's size or 1, and 1 along the channel axes {axes}"
         )
-    return mask
+    return mask, groups
 
 
 def raw(value: Any) -> Any:

@@ -196,9 +196,14 @@ def convolution_windows(
         )
     view = windows("conv2d", shape, weight[2:], layout, stride, padding, dilation)
     outputs, channels = weight[:2]
-    if not isinstance(groups, int) or groups < 1 or view.channels % groups or outputs % groups:
+    asked = groups
+    try:
+        groups = index(groups)
+    except TypeError:
+        groups = 0
+    if groups < 1 or view.channels % groups or outputs % groups:
         raise ValueError(
-            f"conv2d: groups={groups!r} must be a positive integer that divides both the "
+            f"conv2d: groups={asked!r} must be a positive integer that divides both the "
             f"{view.channels} input channels and the {outputs} output channels"
         )
     if view.channels != channels * groups:

@@ -87,6 +87,13 @@ def test_an_array_is_contiguous_writable_and_of_the_shape_and_dtype_asked_for():
         assert (x == 7).all()
 
 
+def test_sizes_may_be_any_integers():
+    x = memory.empty((np.int64(300), np.uint8(250), True), np.float32)
+    assert x.shape == (300, 250, 1)
+    assert not is_view(x)
+    assert memory.empty(np.array([2, 3]), "f8").shape == (2, 3)
+
+
 def test_another_shape_of_nearly_the_same_size_takes_the_same_memory():
     x = memory.empty((1000, 1000), np.float32)
     before = address(x)

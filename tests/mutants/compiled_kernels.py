@@ -483,8 +483,8 @@ def kernel_flipped(through):
 def offset_counted(vjp):
     """Give the offset the sum of the cotangents, as if no mean were taken off."""
 
-    def call(g, x, kernel, offset, weight, var, kept, eps, needs):
-        grads = list(vjp(g, x, kernel, offset, weight, var, kept, eps, needs))
+    def call(g, x, kernel, offset_dtype, weight, var, kept, eps, needs):
+        grads = list(vjp(g, x, kernel, offset_dtype, weight, var, kept, eps, needs))
         if needs[2]:
             high = kept.mean.astype(x.dtype)
             grads[2], _ = numba_conv_block._sums(kept.plan, g, kept.places, kept.middle, high)

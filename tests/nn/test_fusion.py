@@ -1,6 +1,7 @@
 """Layers that run as one give what they give one by one, and nobody who looks can tell."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -265,6 +266,45 @@ def test_the_function_raises_what_the_four_raise(wrong, message):
     x, kernel = np.ones((6, 2, 9, 9)), np.ones((4, 2, 3, 3))
     with pytest.raises(ValueError, match=message):
         F.conv_block(x, kernel, training=True, **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"momentum": None}, {"eps": "1e-5"}, {"correction": [1]}], ids=str
+)
+def test_the_function_names_itself_and_what_is_no_number(wrong):
+    x, kernel = np.ones((6, 2, 9, 9)), np.ones((4, 2, 3, 3))
+    ((name, value),) = wrong.items()
+    message = re.escape(f"conv_block: {name} is {value!r}, expected a number")
+    with pytest.raises(TypeError, match=message):
+        F.conv_block(x, kernel, training=True, **wrong)
+
+
+def test_running_statistics_that_cannot_be_moved_are_refused_before_anything_is_computed(served):
+    x, kernel = np.ones((6, 2, 9, 9)), np.ones((4, 2, 3, 3))
+    fixed, whole = np.zeros(4), np.zeros(4, int)
+    fixed.flags.writeable = False
+    for mean, error in ((fixed, ValueError), (whole, TypeError)):
+        with pytest.raises(error, match="conv_block: running_mean is"):
+            F.conv_block(x, kernel, None, mean, np.ones(4), training=True)
+    assert not served
+
+
+def test_what_may_be_written_to_before_the_backward_does_not_depend_on_the_fusion(served):
+    """The convolution's bias, which no gradient needs; and a weight, which one does."""
+    for run in (lambda m, x: m(x), one_by_one):
+        model = network()
+        x = tg.tensor(batch().numpy(), requires_grad=True)
+        out = run(model, x)
+        with tg.no_grad():
+            model[0].bias += 1
+        out.sum().backward()
+        np.testing.assert_allclose(model[0].bias.grad.numpy(), 0, atol=1e-4)
+        out = run(model, x)
+        with tg.no_grad():
+            model[0].weight += 1
+        with pytest.raises(RuntimeError, match="changed in place"):
+            out.sum().backward()
+    assert len(served) == 4  # both blocks, twice
 
 
 @pytest.mark.parametrize("axis", [1, -1])

@@ -63,6 +63,21 @@ def test_dropout_thins_out_in_training_only():
     assert layer.eval()(x) is x
 
 
+@pytest.mark.parametrize("integer", [np.uint8, np.int64])
+def test_sizes_may_be_numpys_integers(integer):
+    def layers(n):
+        tg.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(n(4), n(200), n(3), n(1), n(1), n(1), n(4)),
+            nn.BatchNorm2d(n(200), groups=n(2)), nn.ReLU(), nn.MaxPool2d(n(2)),
+            nn.Conv2d(n(200), n(4), (n(1), n(1))), nn.BatchNorm2d(n(4)), nn.ReLU(),
+            nn.MaxPool2d(n(2)), nn.Flatten(n(1)), nn.Linear(n(16), n(8)), nn.LayerNorm(n(8)),
+        )  # fmt: skip
+
+    x = tg.Tensor(np.random.default_rng(0).random((4, 4, 8, 8), np.float32))
+    np.testing.assert_array_equal(layers(integer)(x).numpy(), layers(int)(x).numpy())
+
+
 @pytest.mark.parametrize(
     ("layer", "text"),
     [
@@ -87,6 +102,8 @@ def test_reprs(layer, text):
     [
         (lambda: nn.Conv2d(3, 4, 3, groups=2), "groups=2 must be a positive divisor"),
         (lambda: nn.Conv2d(3, 4, 3, layout="CHWN"), "layout is 'CHWN', expected 'NCHW' or 'NHWC'"),
+        (lambda: nn.Conv2d(3, 4, (3, 3, 3)), r"Conv2d: kernel_size is \(3, 3, 3\); expected"),
+        (lambda: nn.Conv2d(3, 4, 3, padding="same"), "Conv2d: padding is 'same'; expected"),
         (lambda: nn.MaxPool2d(2, layout="HW"), "MaxPool2d: layout is 'HW'"),
         (lambda: nn.Dropout(2.0), "Dropout: p is 2.0"),
     ],

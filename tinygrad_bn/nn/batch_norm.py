@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, TypeVar
 
 from tinygrad_bn import functional as F
@@ -87,13 +88,13 @@ class BatchNorm(PerChannel):
         self.center = affine if center is None else center
         self.affine = self.scale and self.center
         self.track_running_stats = track_running_stats
-        self.groups = groups
+        self.groups = operator.index(groups) if hasattr(groups, "__index__") else 0
         self.frozen = False
         self._frozen_parameters: tuple[str, ...] = ()
         if not self.eps >= 0:
             raise ValueError(f"{self._name}: eps is {eps}, expected a number >= 0")
         self._check_momentum()
-        if not (hasattr(groups, "__index__") and groups >= 1):
+        if self.groups < 1:
             raise ValueError(f"{self._name}: groups is {groups}, expected an integer, at least 1")
         if not self.correction >= 0:
             raise ValueError(

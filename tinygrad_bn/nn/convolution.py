@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 from tinygrad_bn import creation
 from tinygrad_bn import functional as F
-from tinygrad_bn.functional import Pair
 from tinygrad_bn.nn.init import like_pytorch_
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.nn.parameter import Parameter
+from tinygrad_bn.windows import Pair, pair
 
 
 class Conv2d(Module):
@@ -48,6 +49,7 @@ class Conv2d(Module):
         dtype: Any = None,
         device: str | None = None,
     ):
+        in_channels, out_channels, groups = map(index, (in_channels, out_channels, groups))
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"Conv2d: groups={groups} must be a positive divisor of both the {in_channels} "
@@ -57,10 +59,10 @@ class Conv2d(Module):
             raise ValueError(f"Conv2d: layout is {layout!r}, expected 'NCHW' or 'NHWC'")
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = pair(kernel_size)
-        self.stride = pair(stride)
-        self.padding = pair(padding)
-        self.dilation = pair(dilation)
+        self.kernel_size = pair("Conv2d", "kernel_size", kernel_size, 1)
+        self.stride = pair("Conv2d", "stride", stride, 1)
+        self.padding = pair("Conv2d", "padding", padding, 0)
+        self.dilation = pair("Conv2d", "dilation", dilation, 1)
         self.groups = groups
         self.layout = layout
         shape = (out_channels, in_channels // groups, *self.kernel_size)
@@ -94,11 +96,3 @@ class Conv2d(Module):
         if self.bias is None:
             parts.append("bias=False")
         return ", ".join(parts)
-
-
-def pair(size: Pair) -> tuple[int, int]:
-    """Return an integer as a pair of it, and a pair as it is."""
-    if isinstance(size, int):
-        return size, size
-    rows, columns = size
-    return rows, columns

@@ -20,9 +20,10 @@ from tinygrad_bn.backend.recording import watching
 from tinygrad_bn.conv_block import conv_block_if_served
 from tinygrad_bn.nn.activation import ReLU
 from tinygrad_bn.nn.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from tinygrad_bn.nn.convolution import Conv2d, pair
+from tinygrad_bn.nn.convolution import Conv2d
 from tinygrad_bn.nn.module import Module
 from tinygrad_bn.nn.pooling import MaxPool2d
+from tinygrad_bn.windows import pair
 
 _NORMS = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
 #: How a layer of each class runs, as the library has it.
@@ -64,12 +65,7 @@ def _conv_block(conv: Any, norm: Any, pool: Any, x: Any) -> tuple[int, Any] | No
         or conv.groups != 1
     ):
         return None
-    fits = (
-        pool is not None
-        and pool.layout == conv.layout
-        and pair(pool.stride) == pair(pool.kernel_size)
-        and pair(pool.padding) == (0, 0)
-    )
+    side_by_side = None if pool is None else _side_by_side(pool, conv.layout)
     found = conv_block_if_served(
         x,
         conv.weight,
@@ -80,7 +76,7 @@ def _conv_block(conv: Any, norm: Any, pool: Any, x: Any) -> tuple[int, Any] | No
         stride=conv.stride,
         padding=conv.padding,
         dilation=conv.dilation,
-        pool=pair(pool.kernel_size) if fits else None,
+        pool=side_by_side,
         layout=conv.layout,
     )
     if found is None:
@@ -91,4 +87,12 @@ def _conv_block(conv: Any, norm: Any, pool: Any, x: Any) -> tuple[int, Any] | No
     if watch is not None:
         for module in (conv, norm):
             watch.saw_module(module)
-    return (4 if fits else 3), out
+    return (3 if side_by_side is None else 4), out
+
+
+def _side_by_side(pool: Any, layout: str) -> tuple[int, int] | None:
+    """Return the size of the pool's windows, or None unless they stand side by side in `layout`."""
+    size = pair("max_pool2d", "the kernel size", pool.kernel_size, 1)
+    stride = pair("max_pool2d", "stride", pool.stride, 1)
+    padding = pair("max_pool2d", "padding", pool.padding, 0)
+    return size if pool.layout == layout and stride == size and padding == (0, 0) else None

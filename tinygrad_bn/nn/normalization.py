@@ -29,7 +29,7 @@ class _OverLastAxes(Module):
         dtype: Any,
         device: str | None,
     ):
-        sizes = [normalized_shape] if isinstance(normalized_shape, int) else normalized_shape
+        sizes = normalized_shape if isinstance(normalized_shape, Sequence) else [normalized_shape]
         self.normalized_shape = tuple(operator.index(size) for size in sizes)
         if not self.normalized_shape:
             raise ValueError(

@@ -163,7 +163,7 @@ def conv2d(
         x.shape, weight.shape, shape, stride=stride, padding=padding, dilation=dilation,
         groups=groups, layout=layout,
     )  # fmt: skip
-    outputs = weight.shape[0]
+    outputs, groups = weight.shape[0], view.groups
     dtype, work = working_dtype(x, weight, bias)
     xp = array_module(x)
     images = padded(channels_last(x, layout).astype(work, copy=False), view)

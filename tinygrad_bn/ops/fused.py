@@ -58,10 +58,11 @@ def _place_of_its_own(x: Any, needed: bool) -> Any:
     return tensor
 
 
-def _zeros_like(x: Any) -> Any:
-    if isinstance(x, TensorBase):
-        return new_tensor(array_module(x.data).zeros_like(x.data))
-    return array_module(x).zeros_like(x)
+def _zeros(g: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return zeros where `g` is: a Tensor if that is one."""
+    if isinstance(g, TensorBase):
+        return new_tensor(array_module(g.data).zeros(shape, dtype=dtype))
+    return array_module(g).zeros(shape, dtype=dtype)
 
 
 # --- batch norm and ReLU -------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def _(
     g: Any,
     x: Any,
     kernel: Any,
-    offset: Any,
+    offset_dtype: Any,  # not the offset: as with a convolution by itself, it may be written to
     weight: Any,
     bias: Any,
     var: Any,
@@ -214,7 +215,8 @@ def _(
 
     others = (*needs[:2], *needs[3:])
     gx, gkernel, gweight, gbias = differentiate(chain, (x, kernel, weight, bias), g, others)
-    return gx, gkernel, _zeros_like(offset) if needs[2] else None, gweight, gbias
+    goffset = _zeros(g, kernel.shape[:1], offset_dtype) if needs[2] else None
+    return gx, gkernel, goffset, gweight, gbias
 
 
 conv_block.use_kernels(

@@ -29,7 +29,7 @@ _CASES = (
 
 def reduced_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
     """Return `axis` as a sorted tuple of non-negative axes; ValueError if one is out of range."""
-    axes = range(ndim) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = range(ndim) if axis is None else axis if isinstance(axis, (tuple, list)) else (axis,)
     if any(not -ndim <= a < ndim for a in axes):
         raise ValueError(f"axis {axis} is out of range for an array of {ndim} dimensions")
     return tuple(sorted({a % ndim for a in axes}))

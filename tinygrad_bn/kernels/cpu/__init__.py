@@ -12,6 +12,7 @@
     shares                  what a mask makes of a tensor
     rows                    rows that are normalized each by itself
     columns, planes         images as matrices, for products; images in chunks, for pools
+    pools                   what the compiled pools serve, and sizes for their loops
     conv_block_plan         the order of pixels in a convolution block
     halves                  float16 and bfloat16 to float32 and back
 

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     True
     """
     dtype = np.dtype(dtype)
+    shape = tuple(map(index, shape))  # NumPy's own integers would overflow
     wanted = math.prod(shape) * dtype.itemsize
     # A dtype of ml_dtypes has a name of NumPy's that stands for plain bytes.
     if wanted < SMALLEST or np.dtype(dtype.str) != dtype:

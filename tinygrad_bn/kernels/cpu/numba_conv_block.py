@@ -178,7 +178,7 @@ def vjp(
     g: Array,
     x: Array,
     kernel: Array,
-    offset: Array | None,
+    offset_dtype: Any,
     weight: Array | None,
     bias: Array | None,
     var: Array,
@@ -191,14 +191,14 @@ def vjp(
     if not isinstance(kept, Kept) or g.dtype != x.dtype:
         return NotImplemented
     with np.errstate(all="ignore"):
-        return _vjp(g, x, kernel, offset, weight, var, kept, eps, needs)
+        return _vjp(g, x, kernel, offset_dtype, weight, var, kept, eps, needs)
 
 
 def _vjp(
     g: Array,
     x: Array,
     kernel: Array,
-    offset: Array | None,
+    offset_dtype: Any,
     weight: Array | None,
     var: Array,
     kept: Kept,
@@ -223,7 +223,8 @@ def _vjp(
     return (
         gx,
         gkernel,
-        np.zeros_like(offset) if needs[2] else None,  # what is added before a mean is taken off
+        # What is added before a mean is taken off has no effect.
+        np.zeros(len(kernel), offset_dtype) if needs[2] else None,
         sum_gx if needs[3] else None,
         sum_g if needs[4] else None,
     )

@@ -131,7 +131,7 @@ def vjp(
     g: Any,
     x: Any,
     kernel: Any,
-    offset: Any,
+    offset_dtype: Any,
     weight: Any,
     bias: Any,
     var: Any,
@@ -176,7 +176,7 @@ def vjp(
                 gkernel = xp.empty(kernel.shape, x.dtype)
                 convolutions.weight_gradient(view, xp.ascontiguousarray(x), gy, gkernel)
         # What is added before a mean is taken off has no effect.
-        goffset = xp.zeros(offset.shape, offset.dtype) if needs[2] else None
+        goffset = xp.zeros(kernel.shape[:1], offset_dtype) if needs[2] else None
     return gx, gkernel, goffset, gweight, gbias
 
 
