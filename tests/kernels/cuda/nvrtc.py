@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(str(found[0].locate()))
 
 
+@cache
 def compiled(text: str, architecture: str) -> tuple[bytes, dict[str, Usage]]:
     """Return the cubin that NVRTC makes of `text` for "sm_90", and what its kernels use.
 

@@ -34,6 +34,9 @@ COMPILER = os.environ.get("CXX", "g++")
 # -O1 compiles fastest among what runs fast enough; a GPU contracts no more than fma() says here.
 OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE")
 
+# How `Traced` compiles: no access is merged with another, left out or made twice.
+TRACED = ("-O0", "-fsanitize=thread")
+
 #: Small, so that small arrays have several blocks of several warps, and more blocks than fit.
 DEVICE = launch.Device(
     multiprocessors=3, threads=256, shared=12288, shared_per_block=16384, cooperative=True
@@ -125,12 +128,52 @@ def _host(array) -> np.ndarray:
     return array if type(array) is np.ndarray else array._data
 
 
-def compiled(text: str) -> Path:
+class Traced(ShimRuntime):
+    """One that counts the bytes which kernels read and write; see trace.h.
+
+    watch: the arrays to count for. moved: for each, bytes read and written by all launches so far.
+    """
+
+    def __init__(self, device: launch.Device = DEVICE):
+        super().__init__(device)
+        self.watch: list[np.ndarray] = []
+        self.moved: list[list[int]] = []
+
+    def compile(self, text: str) -> ctypes.CDLL:
+        return ctypes.CDLL(str(compiled(text, traced=True)))
+
+    def function(self, module: ctypes.CDLL, name: str):
+        return *super().function(module, name), module
+
+    def watching(self, *arrays: np.ndarray) -> None:
+        """Count anew, for these arrays."""
+        self.watch, self.moved = list(arrays), [[0, 0] for _ in arrays]
+
+    def launch(self, function, *arguments) -> None:
+        *function, module = function
+        count = len(self.watch)
+        begins = [a.ctypes.data for a in self.watch]
+        ends = [a.ctypes.data + a.nbytes for a in self.watch]
+        addresses = ctypes.c_size_t * count
+        module.trace_watch(count, addresses(*begins), addresses(*ends))
+        super().launch(function, *arguments)
+        found = (ctypes.c_uint64 * (2 * count))()
+        module.trace_counts(found)
+        for k, (read, written) in enumerate(zip(found[::2], found[1::2], strict=True)):
+            self.moved[k][0] += read
+            self.moved[k][1] += written
+
+
+def compiled(text: str, traced: bool = False) -> Path:
     """Return the library that g++ makes of a kernel's text; compiled once and kept."""
     names = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", text)
     exports = "".join(f"SHIM_EXPORT({name})\n" for name in names)
-    whole = HEADER.read_text(encoding="utf-8") + text + "\n" + exports
-    key = hashlib.sha256(repr((COMPILER, OPTIONS, whole)).encode()).hexdigest()[:32]
+    headers = [HEADER, HEADER.with_name("trace.h")] if traced else [HEADER]
+    front = "".join(header.read_text(encoding="utf-8") for header in headers)
+    whole = front + text + "\n" + exports
+    key = hashlib.sha256(repr((COMPILER, OPTIONS, traced and TRACED, whole)).encode()).hexdigest()[
+        :32
+    ]
     folder = Path(tempfile.gettempdir()) / f"tinygrad_bn-shim-{getpass.getuser()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{key}.so"
@@ -138,12 +181,19 @@ def compiled(text: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             path, made = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
             path.write_text(whole, encoding="utf-8")
-            command = [COMPILER, *OPTIONS, "-o", str(made), str(path)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"g++ refuses the kernel:\n{done.stderr[:4000]}")
+            source = path
+            if traced:  # linked by itself, so without the sanitizer's library
+                source = path.with_suffix(".o")
+                _call(COMPILER, *OPTIONS, *TRACED, "-c", "-o", source, path)
+            _call(COMPILER, *OPTIONS, "-o", made, source)
             made.replace(library)  # whole, or not there: another process may look for it
     return library
+
+
+def _call(*command) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"g++ refuses the kernel:\n{done.stderr[:4000]}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.kernels.cuda import shim
 from tinygrad_bn.kernels.cuda import batch_norm, channel_teams, launch
 from tinygrad_bn.kernels.cuda.channel_teams import THREADS, Job, Plan, plan
-from tinygrad_bn.kernels.cuda.channel_tiles import Loads, View
+from tinygrad_bn.kernels.cuda.channel_tiles import Loads, View, view_of
 
 #: An H100: bytes of shared memory that one of four blocks of a multiprocessor has, and blocks.
 SHARED, RESIDENT = 233472 // 4 - 1024, 528
@@ -114,3 +114,18 @@ def test_blocks_that_cannot_wait_for_each_other_are_left_to_two_launches(tiny):
     batch_norm.forward(x, axis=(1,), eps=1e-5)
     assert [name for name, *_ in alone.launched] == ["forward_sums", "forward_apply"]
     assert [name for name, *_ in tiny.launched] == ["forward_teams"]
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3, 8])
+def test_blocks_share_the_memory_of_a_multiprocessor_as_many_as_it_holds(tiny, blocks, monkeypatch):
+    """A kernel of many registers leaves room for few blocks, which then have more memory each."""
+    most = lambda function, threads, shared: min(blocks, tiny.device.shared // max(1, shared))  # noqa: E731
+    monkeypatch.setattr(tiny, "resident_blocks", most)
+    monkeypatch.setattr(tiny, "device", tiny.device._replace(shared=12000, shared_per_block=9000))
+    x = np.zeros((40, 8, 64), np.float32)
+    teams = channel_teams.teams_for("forward_teams", view_of(x, (1,), 1), (x,), False, 1, 4)
+    assert (teams is None) == (blocks == 0)
+    if teams is None:
+        return
+    assert teams.shared == {1: 8992, 3: 4000, 8: 2992}[blocks]
+    assert teams.plan.teams * teams.plan.members <= 3 * min(blocks, channel_teams.RESIDENT)

@@ -9,22 +9,20 @@ import pytest
 
 from tests.kernels.cuda import nvrtc
 from tests.kernels.cuda.programs import PROGRAMS, source
-from tinygrad_bn.kernels.cuda import launch
+from tinygrad_bn.kernels.cuda import channel_teams, launch
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 
 
 def cases():
-    """Every program for one architecture; for the other, what its text can make a difference to:
-    bfloat16 is integer arithmetic there, and float64 no other code than float32."""
+    """Every program for one architecture; those of batch norm, of which none may spill, and those
+    whose numbers are float32 or float16, for the other too. (The rest is the same code there.)"""
     for file, programs in PROGRAMS.items():
         for defines in programs:
-            for architecture in ("sm_80", "sm_90"):
-                if architecture == "sm_90" or defines.get("ELEMENT") not in ("BFloat16", "double"):
-                    name = "-".join(f"{value}" for value in defines.values())
-                    yield pytest.param(
-                        file, defines, architecture, id=f"{file}-{name}-{architecture}"
-                    )
+            rest = defines.get("ELEMENT") in ("BFloat16", "double") and "batch_norm" not in file
+            for architecture in ("sm_80",) if rest else ("sm_80", "sm_90"):
+                name = "-".join(f"{value}" for value in defines.values())
+                yield pytest.param(file, defines, architecture, id=f"{file}-{name}-{architecture}")
 
 
 def test_every_file_is_compiled():
@@ -40,6 +38,25 @@ def test_kernels_compile_without_spills(file, defines, architecture, record_prop
     assert set(usage) == set(re.findall(r"__global__ void __launch_bounds__\(.*\)\s(\w+)\(", text))
     record_property("registers", {name: u.registers for name, u in usage.items()})
     assert {name: u.spilled for name, u in usage.items() if u.spilled} == {}
+
+
+def resident_blocks(registers, threads):
+    """Return how many blocks find room among the 65,536 registers of a multiprocessor, of which a
+    thread gets a multiple of eight."""
+    return 65536 // (-(-registers // 8) * 8 * threads)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_a_multiprocessor_has_registers_for_the_blocks_that_teams_count_on(architecture):
+    for defines in PROGRAMS["batch_norm_teams.cu"]:
+        _, usage = nvrtc.compiled(source("batch_norm_teams.cu", defines), architecture)
+        found = {
+            name: resident_blocks(u.registers, channel_teams.THREADS) for name, u in usage.items()
+        }
+        tight = defines["ELEMENT"] == "BFloat16" and defines["VECTOR"] == 8 and not defines["RELU"]
+        assert found["forward_teams"] >= channel_teams.RESIDENT
+        assert found["backward_teams"] >= channel_teams.RESIDENT - tight, defines
 
 
 @needs_nvrtc

@@ -8,8 +8,8 @@
 // All blocks must be resident at once, or they would wait for ever: the launch is cooperative. Four
 // blocks of 128 threads to a multiprocessor, which leaves a thread 128 registers and a block a fourth
 // of the shared memory: while one waits for its team, the others keep the memory busy. A thread has
-// its vectors at stash[k · THREADS + thread]: neighbours in neighbouring banks, and no
-// other thread to wait for.
+// its vectors at stash[k · THREADS + thread]: neighbours in neighbouring banks, and no other thread to
+// wait for.
 
 #include "common.cuh"
 #include "batch_norm.cuh"
@@ -119,9 +119,9 @@ struct BothCoefficients {
   Gradient gradient;
 };
 
-// A thread keeps the cotangent of y, behind the gate of RELU, and x. Bounds for three blocks: bfloat16
-// needs a few registers more than 128, and how many are resident is asked before the launch.
-extern "C" __global__ void __launch_bounds__(THREADS, 3)
+// A thread keeps the cotangent of y, behind the gate of RELU, and x. bfloat16 in vectors of eight needs
+// a few registers more than 128: there, three blocks share what four have otherwise.
+extern "C" __global__ void __launch_bounds__(THREADS, VECTOR == 8 ? 3 : 4)
 backward_teams(const E* g, const E* x, const E* out, E* gx, double* partials, void* coefficients,
                unsigned* arrived, const double* mean, const double* var, const void* weight,
                long long weight_kind, const void* bias, long long bias_kind, void* gweight,
@@ -143,8 +143,8 @@ backward_teams(const E* g, const E* x, const E* out, E* gx, double* partials, vo
     Affine affine[LANES];
     if (walk.count > 0) {
       for (int j = 0; j < LANES; ++j) {
-        int c = team.first + walk.slot(shape, j);
-      long long at = team.group * channels + c;
+          int c = team.first + walk.slot(shape, j);
+        long long at = team.group * channels + c;
         means[j] = of.mean.at(at, 0);
         if (RELU) affine[j] = of.affine_of(c, at);
       }

@@ -20,8 +20,8 @@ from tinygrad_bn.kernels.cuda.channel_tiles import (
     real_bytes,
 )
 
-# Threads of a block, and blocks that a multiprocessor holds: they share its memory, less the part
-# of each that is not theirs to use.
+# Threads of a block, and blocks that a multiprocessor holds, or as many as it has registers for:
+# they share its memory, less the part of each that is not theirs to use.
 THREADS, RESIDENT, RESERVED = 128, 4, 1024
 # What a round costs a block besides its elements, in vectors moved: a barrier and the sums are
 # taken to need 2 µs, in which one of the 528 blocks of an H100 moves 11 KB.
@@ -147,7 +147,10 @@ def teams_for(
     if not device.cooperative:
         return None
     job = Job(tensors, 2, coefficients, loads.vector * dtype.itemsize, real_bytes(dtype))
-    shared = min(device.shared // RESIDENT - RESERVED, device.shared_per_block) // 16 * 16
+    each = min(RESIDENT, program.resident_blocks(name, THREADS, 0) // device.multiprocessors)
+    if each == 0:
+        return None
+    shared = min(device.shared // each - RESERVED, device.shared_per_block) // 16 * 16
     resident = program.resident_blocks(name, THREADS, shared)
     found = plan(view, loads, job, shared, resident) if resident > 0 else None
     return None if found is None else Teams(view, program, loads, found, job, shared)
