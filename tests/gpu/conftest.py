@@ -2,6 +2,7 @@
 
     pytest --require-gpu -m gpu                              on a machine with a GPU
     TINYGRAD_BN_STAND_IN=1 pytest --require-gpu tests/gpu    anywhere
+    make test-emulated-gpu                                   on real CuPy, whose GPU is emulated
 
 All are marked `gpu`. Those that need a second GPU, or what only CUDA has, say so when they are
 skipped.
@@ -16,6 +17,7 @@ from tinygrad_bn.backend import cuda, kernels
 from tinygrad_bn.testing.backends import RunsOn
 
 STAND_IN = os.environ.get("TINYGRAD_BN_STAND_IN") == "1"
+EMULATED = os.environ.get("TINYGRAD_BN_EMULATED_GPU") == "1"
 
 if STAND_IN:
     from tests.backend.strict_array import strict_backend
@@ -61,3 +63,9 @@ def cupy():
     if STAND_IN:
         pytest.skip("needs CUDA itself, not the stand-in")
     return cuda._registered().xp
+
+
+@pytest.fixture
+def emulated():
+    """Return whether the GPU is emulated: it is slow, then, and timings mean nothing."""
+    return EMULATED

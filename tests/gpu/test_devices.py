@@ -100,10 +100,12 @@ def test_a_loader_gives_the_batches_of_the_cpu(gpu, shuffle):
             np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
-def test_a_loader_runs_ahead_of_a_busy_gpu(cupy):
-    # The GPU lags behind by all of these products; what it then reads must still be there.
-    rows = np.arange(64 * 4096, dtype="float32").reshape(64, 4096)
-    busy = cupy.ones((4096, 4096), "float32")
+def test_a_loader_runs_ahead_of_a_busy_gpu(cupy, emulated):
+    # The GPU lags behind by all of these products; what it then reads must still be there. (An
+    # emulated one lags behind as far as it may, whatever there is to do.)
+    side = 64 if emulated else 4096
+    rows = np.arange(64 * side, dtype="float32").reshape(64, side)
+    busy = cupy.ones((side, side), "float32")
     sums = []
     for batch in DataLoader(rows, 1, device="cuda"):
         busy = busy @ busy * 0 + 1
@@ -124,17 +126,19 @@ def test_memory_is_shared_with_cupy_by_dlpack_and_by_its_interface(cupy):
 
 
 def test_work_is_done_on_the_current_stream(cupy):
+    values = np.random.default_rng(0).normal(scale=0.1, size=(512, 512)).astype("float32")
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
-        x = tg.randn(512, 512, device="cuda", requires_grad=True)
-        loss = (x @ x).exp().mean()
-        loss.backward()
+        x = tg.tensor(values, device="cuda", requires_grad=True)
+        (x @ x).exp().mean().backward()
         done = stream.record()
     stream.synchronize()
     assert done.done
-    host = tg.tensor(x.numpy(), requires_grad=True)
+    host = tg.tensor(values, requires_grad=True)
     (host @ host).exp().mean().backward()
-    assert np.isfinite(x.grad.numpy()).any() == np.isfinite(host.grad.numpy()).any()
+    scale = np.abs(host.grad.numpy()).max()
+    # Sums of 512 products in float32, in another order.
+    np.testing.assert_allclose(x.grad.numpy(), host.grad.numpy(), rtol=0, atol=1e-5 * scale)
 
 
 def test_products_of_float32_are_true_float32_unless_asked_for_otherwise(cupy):

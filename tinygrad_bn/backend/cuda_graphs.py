@@ -127,9 +127,14 @@ class CupyRecorder:
             self._stream.end_capture()
 
     def _explained(self, error: BaseException) -> BaseException:
-        """Return the error to raise for `error`: CUDA's and CuPy's refusals as CaptureError."""
+        """Return the error to raise for `error`: CUDA's and CuPy's refusals as CaptureError.
+
+        CuPy refuses its own products by NotImplementedError, and reading by a plain RuntimeError.
+        """
+        if isinstance(error, CaptureError):
+            return error
         if isinstance(error, self._cupy.cuda.runtime.CUDARuntimeError) or (
-            isinstance(error, NotImplementedError) and "capture" in str(error)
+            isinstance(error, RuntimeError) and "captur" in str(error)
         ):
             return CaptureError(
                 f"capture: the step does something that CUDA cannot record: {error}. Reading a "

@@ -5,6 +5,7 @@ rows and columns, strides or leading dimensions gives other numbers.
 """
 
 import ctypes
+import types
 
 import numpy as np
 import pytest
@@ -213,6 +214,22 @@ def test_the_types_fit_the_calls():
     ((_, given),) = made._library.calls
     for type_, value in zip(library.cublasGemmStridedBatchedEx_64.argtypes, given, strict=True):
         type_.from_param(value)
+
+
+def test_cupy_loads_cublas_before_it_is_asked_for_by_its_bare_name(monkeypatch):
+    # From NVIDIA's wheels it can be loaded no other way than CuPy's.
+    class Cuda:
+        runtime = types.SimpleNamespace(runtimeGetVersion=lambda: 13020)
+
+        @property
+        def cublas(self):
+            seen.append("CuPy loads it")
+
+    seen = []
+    monkeypatch.setattr(ctypes, "PyDLL", lambda name: seen.append(name) or Recorded())
+    monkeypatch.setattr(blas, "declare", lambda library: None)
+    blas._load(types.SimpleNamespace(cuda=Cuda()))
+    assert seen == ["CuPy loads it", "libcublas.so.13"]
 
 
 def test_tf32_is_asked_for_by_the_environment_or_a_context(monkeypatch):

@@ -11,7 +11,6 @@ not be used by two threads at once.
 from __future__ import annotations
 
 import ctypes
-import importlib
 from ctypes import c_double, c_float, c_int, c_int64, c_longlong, c_size_t, c_void_p
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -136,8 +135,9 @@ def _computing(dtype: str, tf32: bool) -> tuple[int, Any, Any]:
 
 def _load(cupy: Any) -> Any:
     """Return the C library, the very one that CuPy uses, with the types of its functions."""
-    # CuPy knows where it is; once it is loaded, its bare name finds it.
-    importlib.import_module("cupy_backends.cuda.libs.cublas")
+    # Looked up here, CuPy finds it in a wheel of NVIDIA's too; an import of the module behind this
+    # would not. Once it is loaded, its bare name finds it.
+    _ = cupy.cuda.cublas
     major = cupy.cuda.runtime.runtimeGetVersion() // 1000
     windows = hasattr(ctypes, "WinDLL")
     library = ctypes.PyDLL(f"cublas64_{major}.dll" if windows else f"libcublas.so.{major}")
