@@ -1,6 +1,7 @@
 """What recording and copying ask of CuPy: which stream, which memory, and who waits for whom."""
 
 import gc
+import weakref
 from contextlib import suppress
 from operator import attrgetter
 
@@ -16,7 +17,8 @@ from tinygrad_bn.backend.recording import CaptureError
 
 @pytest.fixture(autouse=True)
 def no_retired_pools(monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "_retired", [])
+    for name in ("_pools", "_retired"):
+        monkeypatch.setattr(cuda_graphs, name, [])
 
 
 @pytest.fixture
@@ -121,6 +123,21 @@ def test_memory_is_freed_when_the_gpu_is_done_and_a_pool_is_used_again_only_when
     second._pool.used = 512  # a gradient that outlives its graph
     second.release()
     assert CupyRecorder(cupy, 0)._pool is not second._pool
+
+
+def test_a_pool_that_a_finalizer_gives_up_has_not_been_garbage(cupy):
+    # CuPy's blocks refer to their pool weakly; Python clears that when the pool is in a cycle of
+    # garbage, although the finalizer keeps it.
+    class Captured:
+        def __init__(self):
+            self.recorder, self.itself = CupyRecorder(cupy, 0), self
+
+        def __del__(self):
+            self.recorder.release()
+
+    pool = weakref.ref(Captured().recorder._pool)
+    gc.collect()
+    assert cuda_graphs._retired == [pool()]
 
 
 def test_outside_a_recording_there_is_no_outside(cupy):

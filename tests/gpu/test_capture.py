@@ -130,7 +130,9 @@ def test_memory_is_given_back(cupy):
     assert before - used() < held / 8
 
 
-def test_replays_are_quicker_than_the_step(cupy):
+def test_replays_are_quicker_than_the_step(cupy, emulated):
+    if emulated:
+        pytest.skip("an emulated GPU's timings mean nothing")
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(30))).to(GPU)
     sgd = optim.SGD(model.parameters(), 1e-3)
 

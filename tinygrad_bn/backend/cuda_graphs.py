@@ -24,8 +24,12 @@ from typing import Any
 
 from tinygrad_bn.backend.recording import CaptureError
 
-#: Pools of recorders that are gone. A pool must outlive the arrays from it, such as gradients, so
-#: it is kept, and used again once it is empty.
+#: All pools there are. A pool must outlive the arrays from it, such as gradients. And it must never
+#: be garbage, not even for the moment in which the finalizer of a captured step gives it up: Python
+#: would clear the weak reference by which CuPy's blocks know their pool, and from then on memory
+#: from it would be gone at once when an array is, while graphs still work there.
+_pools: list[Any] = []
+#: Those of recorders that are gone, to be used again once they are empty.
 _retired: list[Any] = []
 
 
@@ -35,7 +39,7 @@ class CupyRecorder:
     def __init__(self, cupy: Any, index: int):
         self._cupy = cupy
         self._index = index
-        self._pool = _empty_pool() or cupy.cuda.MemoryPool()
+        self._pool = _empty_pool() or _new_pool(cupy)
         with cupy.cuda.Device(index):
             self._stream = cupy.cuda.Stream(non_blocking=True)
         #: Where work goes that is not recorded: the caller's stream and allocator.
@@ -155,6 +159,12 @@ class CupyGraph:
         """Launch it on the current stream."""
         with self._device:
             self._graph.launch()
+
+
+def _new_pool(cupy: Any) -> Any:
+    pool = cupy.cuda.MemoryPool()
+    _pools.append(pool)
+    return pool
 
 
 def _empty_pool() -> Any:
