@@ -11,7 +11,14 @@ from types import SimpleNamespace
 
 
 class CUDARuntimeError(RuntimeError):
-    pass
+    def __init__(self, message, status=900):
+        super().__init__(message)
+        self.status = status
+
+
+class OutOfMemoryError(MemoryError):
+    def __init__(self, size, total):
+        super().__init__(f"{size} bytes, {total} so far")
 
 
 class FakeCupy:
@@ -21,6 +28,8 @@ class FakeCupy:
         self.streams = {i: FakeStream(self, f"default{i}") for i in range(count)}
         self.allocator = "the caller's allocator"
         self.pinned_allocator = "CuPy's"
+        self.default_pool = FakePool(self, self.new_memory)
+        self.free = 1 << 30
         self.names = iter("abcdefghij")
         self.cuda = SimpleNamespace(
             Device=lambda index=None: FakeDevice(
@@ -28,7 +37,10 @@ class FakeCupy:
             ),
             Stream=lambda non_blocking: FakeStream(self, next(self.names), non_blocking),
             Event=lambda disable_timing: FakeEvent(self),
-            MemoryPool=lambda: FakePool(self),
+            MemoryPool=lambda allocator: FakePool(self, allocator),
+            MemoryPointer=lambda memory, offset: memory,
+            Memory=self.new_memory,
+            memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             get_current_stream=lambda: self.streams[self.device],
             get_allocator=lambda: self.allocator,
             using_allocator=self.using_allocator,
@@ -41,6 +53,14 @@ class FakeCupy:
                 getDevice=lambda: self.device,
             ),
         )
+
+    def new_memory(self, size):
+        if size > self.free:
+            raise CUDARuntimeError("cudaErrorMemoryAllocation", status=2)
+        return size
+
+    def get_default_memory_pool(self):
+        return self.default_pool
 
     def get_default_pinned_memory_pool(self):
         return SimpleNamespace(malloc="CuPy's")
@@ -145,11 +165,21 @@ class FakeGraph:
 
 
 class FakePool:
-    def __init__(self, cupy):
-        self.cupy, self.used = cupy, 0
+    def __init__(self, cupy, allocator):
+        self.cupy, self.used, self.allocator, self.limit = cupy, 0, allocator, 100
+
+    def set_limit(self, size):
+        self.limit = size
 
     def malloc(self, size):
-        return size
+        try:
+            return self.allocator(size)
+        except CUDARuntimeError:
+            self.free_all_blocks()
+            return self.allocator(size)
+
+    def total_bytes(self):
+        return 0
 
     def used_bytes(self):
         return self.used

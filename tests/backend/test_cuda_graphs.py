@@ -140,6 +140,17 @@ def test_a_pool_that_a_finalizer_gives_up_has_not_been_garbage(cupy):
     assert cuda_graphs._retired == [pool()]
 
 
+def test_where_memory_runs_out_only_the_default_pool_gives_back_what_is_free(cupy):
+    recorder = CupyRecorder(cupy, 0)
+    assert recorder._pool.limit == 0
+    assert recorder._pool.malloc(512) == 512
+    cupy.default_pool.free_all_blocks = lambda: setattr(cupy, "free", 1 << 31)
+    assert recorder._pool.malloc(1 << 31) == 1 << 31
+    with pytest.raises(MemoryError):
+        recorder._pool.malloc(1 << 32)
+    assert cupy.log == []
+
+
 def test_outside_a_recording_there_is_no_outside(cupy):
     with CupyRecorder(cupy, 0).outside():
         cupy.note("work")
@@ -180,12 +191,14 @@ NAMES = {
     "": "asarray array empty full zeros from_dlpack get_default_memory_pool "
     "get_default_pinned_memory_pool",
     "ndarray": "get set fill item device data base",
-    "cuda": "get_current_stream using_allocator get_allocator set_pinned_memory_allocator",
+    "cuda": "Memory MemoryPointer get_current_stream using_allocator get_allocator "
+    "set_pinned_memory_allocator",
     "cuda.Device": "synchronize compute_capability attributes",
     "cuda.Stream": "begin_capture end_capture record wait_event",
     "cuda.Event": "synchronize",
     "cuda.Graph": "launch",
-    "cuda.MemoryPool": "malloc used_bytes free_all_blocks",
+    "cuda.MemoryPool": "malloc used_bytes total_bytes free_all_blocks set_limit",
+    "cuda.memory": "OutOfMemoryError",
     "cuda.runtime": "CUDARuntimeError getDeviceCount getDevice runtimeGetVersion",
 }
 

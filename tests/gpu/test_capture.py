@@ -130,6 +130,22 @@ def test_memory_is_given_back(cupy):
     assert before - used() < held / 8
 
 
+def test_running_out_of_memory_leaves_to_earlier_graphs_what_is_theirs(cupy):
+    step = tg.capture(lambda x: (x * 2 + 1).exp().sum())
+    x = tg.ones(1000, device=GPU)
+    expected = [step(x).item() for _ in range(4)]
+    cupy.get_default_memory_pool().free_all_blocks()
+    most = cupy.cuda.runtime.memGetInfo()[0]
+    large = tg.Tensor(cupy.empty(most // 10 * 4 // 4, "float32"))
+    with pytest.raises(MemoryError):
+        step(large)  # there is room for its copy, and then for nothing as large
+    del large
+    cupy.get_default_memory_pool().free_all_blocks()
+    junk = [cupy.full(1000, np.nan, "float32") for _ in range(20)]
+    assert [step(x).item() for _ in range(4)] == expected
+    assert all(bool(cupy.isnan(other).all()) for other in junk)
+
+
 def test_replays_are_quicker_than_the_step(cupy, emulated):
     if emulated:
         pytest.skip("an emulated GPU's timings mean nothing")

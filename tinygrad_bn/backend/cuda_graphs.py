@@ -6,7 +6,8 @@ What CUDA and CuPy ask for, and how it is met:
   default stream stays usable meanwhile.
 - A graph works on fixed addresses. CuPy's memory pool knows nothing of that, so rehearsal and
   recording allocate from a pool of their own. What was free there when a recording ended may be
-  used by the next one, as no two graphs of a recorder run at once; nobody else gets it.
+  used by the next one, as no two graphs of a recorder run at once; nobody else gets it. That holds
+  when memory runs out, too: a pool of CuPy's would then give back all that is free in it.
 - Allocation from the driver while capturing is allowed in relaxed mode, which is CuPy's default. It
   is seldom needed: rehearsals ran on the same stream, so the pool has grown to its size.
 - Reading back or synchronising makes CUDA fail the capture. A copy from the host would be captured,
@@ -23,6 +24,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from tinygrad_bn.backend.recording import CaptureError
+
+_NO_MEMORY = 2  # cudaErrorMemoryAllocation, which CuPy has under no name
 
 #: All pools there are. A pool must outlive the arrays from it, such as gradients. And it must never
 #: be garbage, not even for the moment in which the finalizer of a captured step gives it up: Python
@@ -42,6 +45,7 @@ class CupyRecorder:
         self._pool = _empty_pool() or _new_pool(cupy)
         with cupy.cuda.Device(index):
             self._stream = cupy.cuda.Stream(non_blocking=True)
+            self._pool.set_limit(size=0)  # at CUPY_GPU_MEMORY_LIMIT it would give back memory, too
         #: Where work goes that is not recorded: the caller's stream and allocator.
         self._outside: tuple[Any, Any] | None = None
 
@@ -162,9 +166,28 @@ class CupyGraph:
 
 
 def _new_pool(cupy: Any) -> Any:
-    pool = cupy.cuda.MemoryPool()
+    pool = cupy.cuda.MemoryPool(lambda size: _from_the_driver(cupy, size))
     _pools.append(pool)
     return pool
+
+
+def _from_the_driver(cupy: Any, size: int) -> Any:
+    """Return new memory, or raise CuPy's OutOfMemoryError.
+
+    On CUDA's error for it, which that is not, a pool gives back its free memory and tries again.
+    Here it is the default pool that does so, where no graph works.
+    """
+    cuda = cupy.cuda
+    for last_try in (False, True):
+        try:
+            return cuda.MemoryPointer(cuda.Memory(size), 0)
+        except cuda.runtime.CUDARuntimeError as error:
+            if error.status != _NO_MEMORY:
+                raise
+            default = cupy.get_default_memory_pool()
+            if last_try:
+                raise cuda.memory.OutOfMemoryError(size, default.total_bytes()) from error
+            default.free_all_blocks()
 
 
 def _empty_pool() -> Any:
