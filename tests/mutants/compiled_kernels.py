@@ -210,6 +210,15 @@ def products_of_full_fours(add):
     return call
 
 
+def gradients_of_full_fours(combine):
+    def call(g, x, vectors, C, S, relu, gx):
+        gx[...] = 0
+        kept = len(x) if S > 1 else len(x) // (4 * C) * 4 * C
+        combine(g[:kept], x[:kept], vectors, C, S, relu, gx[:kept])
+
+    return call
+
+
 def moments_in_float32(add):
     def call(x, shift, C, S, total):
         add(x, shift, C, S, total)
@@ -280,6 +289,7 @@ NORM = [
          moments_of_full_fours),
     norm("rows that make no four left out of the backward", _K, "add_products",
          products_of_full_fours),
+    norm("rows that make no four left out of dx", _K, "combine", gradients_of_full_fours),
     norm("sums kept in float32", _K, "add_moments", moments_in_float32),
     norm("Σ d² missing", _K, "add_moments", without_sum(1)),
     norm("low part of the mean dropped", _V, "affine", mean_rounded),

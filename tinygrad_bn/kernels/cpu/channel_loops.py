@@ -204,27 +204,42 @@ def combine(g: Array, x: Array, vectors: Array, C: int, S: int, relu: bool, gx: 
     else:
         high, scale, constant = vectors[HIGH], vectors[SCALE], vectors[CONSTANT]
         slope, level = vectors[SLOPE], vectors[LEVEL]
-        for n in range(len(x) // C):
-            i = n * C
-            _combine_row(
-                g[i : i + C], x[i : i + C], high, scale, constant, slope, level, relu,
-                gx[i : i + C],
-            )  # fmt: skip
+        rows = len(x) // C
+        for n in range(0, rows - 3, 4):  # by fours, so that the vectors are read less often
+            i, j = n * C, (n + 4) * C
+            _combine_four(g[i:j], x[i:j], C, high, scale, constant, slope, level, relu, gx[i:j])
+        for n in range(rows - rows % 4, rows):
+            i, j = n * C, (n + 1) * C
+            _combine_row(g[i:j], x[i:j], high, scale, constant, slope, level, relu, gx[i:j])
 
 
 @compiled()
 def _combine_run(g, x, high, scale, constant, slope, level, relu, gx):
-    zero = x.dtype.type(0)
     for i in range(len(x)):
-        d = x[i] - high
-        passed = g[i] if not relu or d * scale + constant > 0 else zero
-        gx[i] = scale * passed + (slope * d + level)
+        gx[i] = _combined(g[i], x[i], high, scale, constant, slope, level, relu)
 
 
 @compiled()
 def _combine_row(g, x, high, scale, constant, slope, level, relu, gx):
-    zero = x.dtype.type(0)
     for c in range(len(x)):
-        d = x[c] - high[c]
-        passed = g[c] if not relu or d * scale[c] + constant[c] > 0 else zero
-        gx[c] = scale[c] * passed + (slope[c] * d + level[c])
+        numbers = high[c], scale[c], constant[c], slope[c], level[c]
+        gx[c] = _combined(g[c], x[c], *numbers, relu)
+
+
+@compiled()
+def _combine_four(g, x, C, high, scale, constant, slope, level, relu, gx):
+    g, x, gx = g.reshape(4, C), x.reshape(4, C), gx.reshape(4, C)
+    for c in range(C):
+        numbers = high[c], scale[c], constant[c], slope[c], level[c]
+        first = _combined(g[0, c], x[0, c], *numbers, relu)
+        second = _combined(g[1, c], x[1, c], *numbers, relu)
+        third = _combined(g[2, c], x[2, c], *numbers, relu)
+        fourth = _combined(g[3, c], x[3, c], *numbers, relu)
+        gx[0, c], gx[1, c], gx[2, c], gx[3, c] = first, second, third, fourth
+
+
+@compiled()
+def _combined(g, x, high, scale, constant, slope, level, relu):
+    d = x - high
+    passed = g if not relu or d * scale + constant > 0 else type(g)(0)
+    return scale * passed + (slope * d + level)
