@@ -59,7 +59,7 @@ distclean: clean ## remove .venv as well
 ifneq ($(shell test -x $(PY) && cat $(STAMPS)/venv 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMPS)/venv
 else ifneq ($(origin PYTHON),file)
-ifneq ($(shell $(PY) -V 2>&1),$(shell "$(PYTHON)" -V 2>&1))
+ifneq ($(shell $(PY) -VV 2>&1),$(shell "$(PYTHON)" -VV 2>&1))
 .PHONY: $(STAMPS)/venv
 endif
 endif
@@ -69,7 +69,7 @@ $(STAMPS)/venv:
 	  echo "tinygrad_bn needs Python 3.11 or newer; $(PYTHON) -V says: $$("$(PYTHON)" -V 2>&1)" >&2; \
 	  echo "Name another interpreter, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 	  exit 1; }
-	@[ "$$($(PY) -V 2>&1)" = "$$("$(PYTHON)" -V 2>&1)" ] || rm -rf .venv
+	@[ "$$($(PY) -VV 2>&1)" = "$$("$(PYTHON)" -VV 2>&1)" ] || rm -rf .venv
 	@echo "Making .venv with $$("$(PYTHON)" -V)"
 	@"$(PYTHON)" -m venv .venv
 	@rm -rf $(STAMPS) && mkdir $(STAMPS) && pwd -P > $@

@@ -3,14 +3,18 @@
 What threads share is state of the module: compiled code, plans of ops, memory that waits, the
 workers, BLAS, the clock of the tape. Threads switch as often as Python lets them, which is at calls
 and loops only. In the files that share state by locks (`WATCHED`) some tests make a thread give
-way between any two bytecodes as well, as one without Python's global lock may.
+way between any two bytecodes as well. In a Python without the global lock all of them run side by
+side in truth; what two threads meet there once in a thousand times is staged in some of the tests.
 """
 
 import gc
 import itertools
+import os
+import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import nullcontext
 from queue import SimpleQueue
 
@@ -19,9 +23,12 @@ import pytest
 
 import tinygrad_bn as tg
 from tinygrad_bn import functional as F
-from tinygrad_bn import nn, optim
+from tinygrad_bn import nn, optim, testing
+from tinygrad_bn.backend import generator, random
 from tinygrad_bn.backend.kernels import use_kernels
 from tinygrad_bn.kernels.cpu import blas, memory, threads
+from tinygrad_bn.nn import per_channel
+from tinygrad_bn.testing import verification
 
 THREADS = 6
 WATCHED = {module.__file__ for module in (blas, memory, threads)}
@@ -160,6 +167,35 @@ def test_one_model_may_answer_many_threads():
             np.testing.assert_array_equal(out, expected[0])
 
 
+def test_hooks_may_come_and_go_while_others_call_the_module():
+    """Bites where there is no global lock: a dictionary that changes size while it is read."""
+    layer, x = nn.ReLU(), tg.ones(3)
+
+    def work(i):
+        for _ in range(8000):
+            if i % 2:
+                layer.register_forward_hook(lambda module, args, out: None)()
+            else:
+                assert layer(x).shape == (3,)
+
+    at_once(work)
+    assert not layer.has_hooks
+
+
+def test_threads_may_walk_one_graph():
+    rng = np.random.default_rng(0)
+    w = tg.tensor(rng.standard_normal((30, 30)), requires_grad=True)
+    out = ((tg.Tensor(rng.standard_normal((20, 30))) @ w).tanh() @ w).sum()
+
+    def gradients(i):
+        (first,) = tg.grad(out, w, create_graph=True)
+        (second,) = tg.grad((first * first).sum(), w, retain_graph=True)
+        return [first.numpy(), second.numpy()]
+
+    alone = gradients(0)
+    assert_same(at_once(lambda i: [g for _ in range(20) for g in gradients(i)]), [alone * 20] * 6)
+
+
 def test_the_tape_of_each_thread_keeps_its_order():
     """A long chain that branches: a node visited too early would lose a part of the gradient."""
 
@@ -281,3 +317,114 @@ def test_a_shared_switch_of_grad_mode_is_each_threads_own():
                 assert tg.is_grad_enabled() == (i % 2 == 0)
 
     at_once(switch)
+
+
+# --- what has to happen at one moment is staged ------------------------------------------------
+
+
+def in_another_thread(function, timeout=20.0):
+    """Return the thread that runs `function`, after waiting for it to end, but not for ever."""
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join(timeout)
+    return thread
+
+
+def test_a_seed_set_while_another_thread_draws_first_counts(monkeypatch):
+    monkeypatch.setattr(random, "_seeded", None)
+    random._unseeded.cache_clear()
+    tg.manual_seed(7)
+    expected = tg.randn(3).numpy()
+    monkeypatch.setattr(random, "_seeded", None)
+    real = np.random.default_rng
+
+    def slow(*seed):
+        if not seed:  # the first draw makes a generator; now another thread sets a seed
+            in_another_thread(lambda: tg.manual_seed(7))
+        return real(*seed)
+
+    monkeypatch.setattr(np.random, "default_rng", slow)
+    generator()
+    np.testing.assert_array_equal(tg.randn(3).numpy(), expected)
+
+
+def test_a_number_of_threads_set_while_another_thread_asks_first_counts(monkeypatch):
+    monkeypatch.setattr(threads, "_count", None)
+    monkeypatch.delenv(threads.VARIABLE, raising=False)
+    before, setters = blas.num_threads(), []
+
+    def asked():
+        setters.append(in_another_thread(lambda: threads.set_num_threads(5), timeout=0.3))
+        return 2
+
+    monkeypatch.setattr(threads, "available_cpus", asked)
+    try:
+        threads.num_threads()
+        setters[0].join(20)
+        assert (threads.num_threads(), blas.num_threads()) in ((5, 5), (5, None))
+    finally:
+        blas.set_num_threads(before or 1)
+
+
+def test_a_layer_whose_size_is_being_read_off_answers_other_threads(monkeypatch):
+    layer, x = nn.BatchNorm2d(None).eval(), tg.Tensor(np.ones((2, 3, 2, 2), np.float32))
+    full, answers = per_channel.creation.full, []
+
+    def slow(*args, **options):
+        monkeypatch.setattr(per_channel.creation, "full", full)
+        in_another_thread(lambda: answers.append(layer(x)))
+        return full(*args, **options)
+
+    monkeypatch.setattr(per_channel.creation, "full", slow)
+    np.testing.assert_array_equal(layer(x).numpy(), answers[0].numpy())
+
+
+def test_verifications_that_overlap_leave_the_filters_of_warnings_alone():
+    """The one that began first ends first; what it restores must not be what the other had set."""
+    begun, leave = threading.Event(), threading.Event()
+    before = list(warnings.filters)
+
+    def blind():
+        testing.check_grad(lambda x: x.tanh(), np.linspace(0.5, 1.0, 6), cotangents=np.ones(6))
+
+    def first(drawn):
+        begun.set()
+        leave.wait(20)
+
+    def second(drawn):
+        leave.set()
+        one.join(20)
+        blind()  # by chance, as here: no warning, which would be an error
+
+    one = threading.Thread(target=verification.tested, args=(first, None))
+    one.start()
+    begun.wait(20)
+    verification.tested(second, None)
+    assert warnings.filters == before
+    with pytest.warns(testing.BlindCheckWarning):
+        blind()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_child_draws_although_another_thread_was_drawing_when_it_was_forked():
+    tg.manual_seed(3)
+    held, release = threading.Event(), threading.Event()
+
+    def draw():
+        with generator().bit_generator.lock:  # as each draw holds it
+            held.set()
+            release.wait(20)
+
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    held.wait(20)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)
+        numbers = tg.rand(3).numpy()
+        tg.manual_seed(3)
+        os._exit(not (numbers == tg.rand(3).numpy()).all())
+    release.set()
+    drawing.join(20)
+    assert os.waitpid(child, 0)[1] == 0

@@ -364,7 +364,7 @@ def test_no_lock_that_another_thread_holds_is_locked_in_a_forked_child():
     held, release = threading.Event(), threading.Event()
 
     def hold():
-        with blas._lock, threads._starting, memory._lock:
+        with blas._lock, threads._lock, memory._lock:
             held.set()
             release.wait(20)
 
@@ -373,7 +373,7 @@ def test_no_lock_that_another_thread_holds_is_locked_in_a_forked_child():
     held.wait(20)
     child = os.fork()
     if child == 0:
-        locks = blas._lock, threads._starting, memory._lock
+        locks = blas._lock, threads._lock, memory._lock
         os._exit(sum(not lock.acquire(timeout=1) for lock in locks))
     release.set()
     holder.join(20)

@@ -3,11 +3,21 @@ same parameters on every device."""
 
 from __future__ import annotations
 
+import copy
+import os
+from functools import cache
+
 import numpy as np
 
 from tinygrad_bn.backend.recording import refuse
 
-_generator: np.random.Generator | None = None
+_seeded: np.random.Generator | None = None
+
+
+@cache
+def _unseeded() -> np.random.Generator:
+    # Apart, so that a thread that draws does not put one in the place of what another has seeded.
+    return np.random.default_rng()
 
 
 def manual_seed(seed: int) -> None:
@@ -21,14 +31,23 @@ def manual_seed(seed: int) -> None:
     >>> first == generator().random()
     True
     """
-    global _generator
-    _generator = np.random.default_rng(seed)
+    global _seeded
+    _seeded = np.random.default_rng(seed)
 
 
 def generator() -> np.random.Generator:
     """Return the library's generator (seeded from the system until `manual_seed` is called)."""
-    global _generator
     refuse("draws random numbers on the host (as Dropout does)", "do without, or without capture")
-    if _generator is None:
-        _generator = np.random.default_rng()
-    return _generator
+    return _unseeded() if _seeded is None else _seeded
+
+
+def _renew() -> None:
+    """Take generators of its own in a forked child: one whose lock another thread held would wait
+    for ever. A seeded one goes on as in the parent."""
+    global _seeded
+    _unseeded.cache_clear()
+    _seeded = copy.deepcopy(_seeded)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)

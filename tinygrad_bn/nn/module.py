@@ -109,7 +109,9 @@ class Module:
                 out = self.forward(*args, **kwargs)
         else:
             out = self.forward(*args, **kwargs)
-        for hook in tuple(self._hooks.values()):
+        # A list of a dict's values is made in one go; a tuple is not without Python's global lock,
+        # and another thread may be setting a hook.
+        for hook in list(self._hooks.values()):
             changed = hook(self, args, out)
             out = out if changed is None else changed
         return out

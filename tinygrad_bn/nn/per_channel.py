@@ -131,13 +131,15 @@ class PerChannel(Module):
 
     def _set_channels(self, sizes: tuple[int, ...] | None) -> None:
         """Give the tensors their sizes and start values; None takes their entries away again."""
-        self.num_features = None if sizes is None else sizes if len(sizes) > 1 else sizes[0]
+        shape = (0,) * len(self._axes()) if sizes is None else sizes
         for name, value in _START.items():
             tensor = getattr(self, name)
             if tensor is not None:
                 where = {"dtype": tensor.dtype, "device": tensor.device}
-                tensor.data = creation.full(self._channels(), value, **where).data
+                tensor.data = creation.full(shape, value, **where).data
                 tensor.note_write()
+        # Last, since another thread that finds it set takes the tensors to be there.
+        self.num_features = None if sizes is None else sizes if len(sizes) > 1 else sizes[0]
 
     def _take_sizes(self, state: Mapping[str, Any], prefix: str) -> bool:
         if self.num_features is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 
@@ -36,3 +39,23 @@ class Inconclusive(GradCheckError):  # noqa: N818  (a verdict, not always an err
 
 class BlindCheckWarning(UserWarning):
     """A check was asked for that cannot see certain faults, as with a constant cotangent."""
+
+
+_by_chance: ContextVar[bool] = ContextVar("tinygrad_bn_blind_by_chance", default=False)
+
+#: Whether a check that is blind is so by chance, inside of `blind_by_chance`.
+is_by_chance = _by_chance.get
+
+
+@contextmanager
+def blind_by_chance() -> Iterator[None]:
+    """Give no `BlindCheckWarning` inside: a drawn output may be proportional to its cotangent.
+
+    (`warnings.catch_warnings` is one for all threads: of two that are in it at once, the one that
+    leaves last brings back the filters that the other had set.)
+    """
+    token = _by_chance.set(True)
+    try:
+        yield
+    finally:
+        _by_chance.reset(token)

@@ -31,7 +31,7 @@ KEPT_BYTES = 8 * 2**20
 _local = threading.local()
 _jobs: SimpleQueue[tuple[contextvars.Context, _Job]] = SimpleQueue()
 _workers: list[threading.Thread] = []
-_starting = threading.Lock()
+_lock = threading.Lock()  # held to start workers, and to set the number of threads
 _count: int | None = None
 
 
@@ -53,19 +53,23 @@ def num_threads() -> int:
     """
     global _count
     if _count is None:
-        wish = os.environ.get(VARIABLE)
-        count = _checked(VARIABLE, wish) if wish else available_cpus()
-        if wish or (blas.num_threads() or 0) > count:
-            blas.set_num_threads(count)
-        _count = count
+        with _lock:
+            if _count is None:  # no other thread was first
+                wish = os.environ.get(VARIABLE)
+                count = _checked(VARIABLE, wish) if wish else available_cpus()
+                if wish or (blas.num_threads() or 0) > count:
+                    blas.set_num_threads(count)
+                _count = count
     return _count
 
 
 def set_num_threads(count: int) -> None:
     """Let kernels, and NumPy's matrix products, use `count` threads; ValueError below 1."""
     global _count
-    _count = _checked("set_num_threads", count)
-    blas.set_num_threads(_count)
+    count = _checked("set_num_threads", count)
+    with _lock:
+        _count = count
+        blas.set_num_threads(count)
 
 
 def _checked(name: str, count: int | str) -> int:
@@ -122,11 +126,15 @@ class _Job:
         with self.lock:
             self.next = self.count
             self.task = None  # an idle worker must not keep the arrays of this job alive
-        while self.helpers:
+        while self._is_helped():
             self.done.get()
         blas.release(self)
         _local.busy = False
         self.over = True
+
+    def _is_helped(self) -> bool:
+        with self.lock:  # after which this thread sees all that the helpers have written
+            return self.helpers > 0
 
 
 def parallel(task: Task, count: int) -> None:
@@ -169,7 +177,7 @@ def _start(helpers: int) -> None:
     """Have `helpers` workers wait for jobs; fewer where the system gives no more threads."""
     if len(_workers) >= helpers or sys.is_finalizing():  # a thread would not come up any more
         return
-    with _starting:
+    with _lock:
         while len(_workers) < helpers:
             name = f"tinygrad_bn-{len(_workers)}"
             worker = threading.Thread(target=_serve, args=(_jobs,), name=name, daemon=True)
@@ -206,8 +214,8 @@ def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def _forget() -> None:
     """Start afresh in a forked child: the threads did not come along."""
-    global _jobs, _starting, _local
-    _jobs, _starting, _local = SimpleQueue(), threading.Lock(), threading.local()
+    global _jobs, _lock, _local
+    _jobs, _lock, _local = SimpleQueue(), threading.Lock(), threading.local()
     _workers.clear()
     blas.forget_holders()
 
