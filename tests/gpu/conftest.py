@@ -1,7 +1,7 @@
 """The tests of this folder run on a GPU, or, to try out the tests themselves, on the stand-in.
 
     pytest --require-gpu -m gpu                              on a machine with a GPU
-    TINYGRAD_BN_STAND_IN=1 pytest --require-gpu tests/gpu    anywhere
+    TINYGRAD_BN_STAND_IN=1 pytest --require-gpu tests/gpu    anywhere that has g++
     make test-emulated-gpu                                   on real CuPy, whose GPU is emulated
 
 All are marked `gpu`. Those that need a second GPU, or what only CUDA has, say so when they are
@@ -9,6 +9,7 @@ skipped.
 """
 
 import os
+from contextlib import ExitStack
 
 import pytest
 
@@ -16,16 +17,18 @@ import tinygrad_bn as tg
 from tinygrad_bn.backend import cuda, kernels
 from tinygrad_bn.testing.backends import RunsOn
 
+STACK = ExitStack()
 STAND_IN = os.environ.get("TINYGRAD_BN_STAND_IN") == "1"
 EMULATED = os.environ.get("TINYGRAD_BN_EMULATED_GPU") == "1"
 
 if STAND_IN:
-    from tests.backend.strict_array import strict_backend
-    from tinygrad_bn.backend import register_backend
+    from tests.kernels.cuda.strict_runtime import strict_kernels
 
-    register_backend(strict_backend)
-    cuda.unavailable_because = lambda: None
-    cuda._registered = lambda: strict_backend
+    STACK.enter_context(strict_kernels())
+
+
+def pytest_unconfigure():
+    STACK.close()
 
 
 def pytest_collection_modifyitems(items):

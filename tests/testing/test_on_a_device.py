@@ -69,6 +69,10 @@ def test_a_kink_is_noticed():
         check_grad(lambda x: x.relu(), *on("cuda:0", np.array([0.0, 1.0])))
 
 
+def test_a_derivative_that_is_zero_everywhere_passes():
+    assert check_grad(lambda x: x * 0.0, *on("cuda:0", *draw((3, 2)))).resolution == 0
+
+
 @pytest.mark.parametrize("mode", ["directional", "full"])
 def test_no_array_crosses_over_in_an_evaluation(mode, monkeypatch):
     (x,) = on("cuda:0", *draw((5, 7)))

@@ -305,7 +305,7 @@ class Probe:
         own = tolerance.total - tolerance.given
         if against > 0:
             resolution = own / against
-        elif any((self.gradients[i] != 0).any() for i in line.moves):
+        elif any((self.gradients[i] != 0).any().item() for i in line.moves):
             resolution = math.inf  # what there is has gone below the smallest number
         else:  # zero everywhere: nothing to be seen, unless the quotient is lost in noise
             resolution = 0.0 if own <= 2 * tolerance.underflow else math.inf
