@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tinygrad_bn.backend import largest, placed
+from tinygrad_bn.backend import kernels, largest, placed
 from tinygrad_bn.normalization_checks import (
     Axis,
     check_state,
@@ -135,6 +135,10 @@ def _batch_norm(
     return out
 
 
+#: Kernels that move running statistics, by family.
+_MOVES = {"cuda": "tinygrad_bn.kernels.cuda.running_statistics"}
+
+
 class BatchStatistics(NamedTuple):
     """What one batch says about each channel, in float64: raw, and without part in the graph.
 
@@ -154,7 +158,7 @@ class BatchStatistics(NamedTuple):
         over the groups that have enough values, and whether there is any such group."""
         mean, var, count, groups = self
         if isinstance(count, int):
-            var = var * (count / (count - correction) if count > correction else 1.0)
+            var = var * _corrected(count, correction)
             if groups == 1:
                 return mean, var, True
             return mean.mean(axis=0), var.mean(axis=0), True
@@ -175,10 +179,33 @@ class BatchStatistics(NamedTuple):
         if isinstance(self.count, int) and self.count == 0:
             return False
         with placed("batch_norm", (raw(running_mean), self.mean)):
+            if self._moved_by_a_kernel(running_mean, running_var, momentum, correction):
+                return True
             mean, var, counted = self.step(correction)
             update_running(running_mean, mean, momentum, counted)
             update_running(running_var, var, momentum, counted)
             return counted
+
+    def _moved_by_a_kernel(
+        self, running_mean: Any, running_var: Any, momentum: Any, correction: float
+    ) -> bool:
+        """Return whether a kernel has moved both running statistics at once."""
+        if not isinstance(self.count, int):
+            return False
+        factor = _corrected(self.count, correction)
+        both = raw(running_mean), raw(running_var)
+        for move in kernels.candidates(_MOVES, "move", (self.mean,)):
+            if move(self.mean, self.var, *both, raw(momentum), factor=factor, groups=self.groups):
+                for running in (running_mean, running_var):
+                    if isinstance(running, TensorBase):
+                        running.note_write()
+                return True
+        return False
+
+
+def _corrected(count: int, correction: float) -> float:
+    """Return what a biased variance of `count` values is multiplied by."""
+    return count / (count - correction) if count > correction else 1.0
 
 
 def batch_norm_and_statistics(

@@ -79,6 +79,7 @@ PROGRAMS = {
     ],
     "pooling.cu": list(pooling()),
     "relu.cu": list(relu()),
+    "running_statistics.cu": [{"THREADS": 128}],
 }
 
 

@@ -67,15 +67,15 @@ def test_the_step_waits_for_nothing_and_has_few_launches(steps, runtime):
     step.run()
     assert TRAFFIC == {}
     kernels = [name for name in runtime.work if name in {f for f, *_ in runtime.launched}]
-    # Forward: four for each block, a ReLU, two of the loss. Backward: six and five for the blocks,
+    # Forward: five for each block, a ReLU, two of the loss. Backward: six and five for the blocks,
     # a ReLU, one of the loss. The optimizer's, and often one that says where the gradients are.
-    assert len(kernels) - kernels.count("set_words") == 2 * 4 + 1 + 2 + 6 + 5 + 1 + 1 + 1
+    assert len(kernels) - kernels.count("set_words") == 2 * 5 + 1 + 2 + 6 + 5 + 1 + 1 + 1
     assert kernels.count("set_words") <= 1
     assert runtime.work.count("multiply") == 2 * 3
     # And array operations: two biases and the sum for one, the loss's seed, copies of gradients,
-    # and for each batch norm the running statistics and the count of batches.
+    # and the counts of batches.
     rest = len(runtime.work) - len(kernels) - 6
-    assert rest == 2 + 1 + 1 + 3 + 2 * 12
+    assert rest == 2 + 1 + 1 + 3 + 2
 
 
 def test_a_replay_is_one_launch_beside_its_inputs_and_the_learning_rate(steps, runtime):
