@@ -210,6 +210,15 @@ def products_of_full_fours(add):
     return call
 
 
+def values_of_full_fours(normalize):
+    def call(x, vectors, C, S, relu, y):
+        y[...] = 0
+        kept = len(x) if S > 1 else len(x) // (4 * C) * 4 * C
+        normalize(x[:kept], vectors, C, S, relu, y[:kept])
+
+    return call
+
+
 def gradients_of_full_fours(combine):
     def call(g, x, vectors, C, S, relu, gx):
         gx[...] = 0
@@ -289,6 +298,7 @@ NORM = [
          moments_of_full_fours),
     norm("rows that make no four left out of the backward", _K, "add_products",
          products_of_full_fours),
+    norm("rows that make no four left out of y", _K, "normalize", values_of_full_fours),
     norm("rows that make no four left out of dx", _K, "combine", gradients_of_full_fours),
     norm("sums kept in float32", _K, "add_moments", moments_in_float32),
     norm("Σ d² missing", _K, "add_moments", without_sum(1)),

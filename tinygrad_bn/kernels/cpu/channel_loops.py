@@ -92,27 +92,43 @@ def normalize(x: Array, vectors: Array, C: int, S: int, relu: bool, y: Array) ->
                 _normalize_run(x[i : i + S], high, scale, constant, relu, y[i : i + S])
     else:
         high, scale, constant = vectors[HIGH], vectors[SCALE], vectors[CONSTANT]
-        for n in range(len(x) // C):
-            i = n * C
-            _normalize_row(x[i : i + C], high, scale, constant, relu, y[i : i + C])
+        rows = len(x) // C
+        for n in range(0, rows - 3, 4):  # by fours, so that the vectors are read less often
+            i, j = n * C, (n + 4) * C
+            _normalize_four(x[i:j], C, high, scale, constant, relu, y[i:j])
+        for n in range(rows - rows % 4, rows):
+            i, j = n * C, (n + 1) * C
+            _normalize_row(x[i:j], high, scale, constant, relu, y[i:j])
 
 
 @compiled()
 def _normalize_run(x, high, scale, constant, relu, y):
     for i in range(len(x)):
-        value = (x[i] - high) * scale + constant
-        y[i] = value
-        if relu and value < 0:
-            y[i] = 0
+        y[i] = _normalized(x[i], high, scale, constant, relu)
 
 
 @compiled()
 def _normalize_row(x, high, scale, constant, relu, y):
     for c in range(len(x)):
-        value = (x[c] - high[c]) * scale[c] + constant[c]
-        y[c] = value
-        if relu and value < 0:
-            y[c] = 0
+        y[c] = _normalized(x[c], high[c], scale[c], constant[c], relu)
+
+
+@compiled()
+def _normalize_four(x, C, high, scale, constant, relu, y):
+    x, y = x.reshape(4, C), y.reshape(4, C)
+    for c in range(C):
+        numbers = high[c], scale[c], constant[c]
+        first = _normalized(x[0, c], *numbers, relu)
+        second = _normalized(x[1, c], *numbers, relu)
+        third = _normalized(x[2, c], *numbers, relu)
+        fourth = _normalized(x[3, c], *numbers, relu)
+        y[0, c], y[1, c], y[2, c], y[3, c] = first, second, third, fourth
+
+
+@compiled()
+def _normalized(x, high, scale, constant, relu):
+    value = (x - high) * scale + constant
+    return type(x)(0) if relu and value < 0 else value
 
 
 # --- sums with the cotangent ---------------------------------------------------------------------
@@ -205,7 +221,7 @@ def combine(g: Array, x: Array, vectors: Array, C: int, S: int, relu: bool, gx: 
         high, scale, constant = vectors[HIGH], vectors[SCALE], vectors[CONSTANT]
         slope, level = vectors[SLOPE], vectors[LEVEL]
         rows = len(x) // C
-        for n in range(0, rows - 3, 4):  # by fours, so that the vectors are read less often
+        for n in range(0, rows - 3, 4):
             i, j = n * C, (n + 4) * C
             _combine_four(g[i:j], x[i:j], C, high, scale, constant, slope, level, relu, gx[i:j])
         for n in range(rows - rows % 4, rows):

@@ -2,9 +2,9 @@
 
 In memory's order a tensor is (N, C, S), the channels' sizes multiplied to C. Runs of S shorter than
 `SHORTEST_RUN` leave an inner loop too little to do. Then the entries of whole samples, as many as
-make a row of `SHORTEST_ROW`, are taken for channels of their own, and what is known of each channel
-is spread over the entries of the row; S is 1 to the loops. Samples that do not fill a row are a
-share by themselves, the tail.
+make a row of `SHORTEST_ROW` or, in a large tensor, `LONG_ROW`, are taken for channels of their own,
+and what is known of each channel is spread over the entries of the row; S is 1 to the loops.
+Samples that do not fill a row are a share by themselves, the tail.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ SMALLEST = 1 << 12
 # A thread's share is worth waking it up for.
 SMALLEST_SHARE = 1 << 14
 SHORTEST_RUN, SHORTEST_ROW = 128, 1024
+# The loops go down four or eight rows at once. Memory is read faster along longer ones, of which
+# there should be `ROWS`.
+LONG_ROW, ROWS = 4096, 256
 # A row of more entries than this pushes the numbers beside it out of the cache.
 LONGEST_ROW = 1 << 15
 # Rows of vectors a multiple of 4 KiB apart would compete for the same few places in the cache.
@@ -57,7 +60,8 @@ class Channels:
         self.kept_shape = kept if groups == 1 else (groups, *kept)
         period = self.channels * self.run
         self.spreads = may_spread and self.run < SHORTEST_RUN and period <= LONGEST_ROW
-        self.repeats = min(samples, -(-SHORTEST_ROW // period)) if self.spreads else 1
+        row = min(max(SHORTEST_ROW, samples * period // ROWS), LONG_ROW)
+        self.repeats = min(samples, -(-row // period)) if self.spreads else 1
         self.row = self.repeats * period
         self.rows_of_samples, tail = divmod(samples, self.repeats)
         self.tail = tail * period
