@@ -39,6 +39,8 @@ EPS = 1e-5
 #: Largest differences to the formula in float64, relative to the largest entry; roundings of sums
 #: in float32, and of results in half precision. bfloat16 keeps 8 bits, and 2⁻⁸ is 4e-3.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
+#: Bytes that are copied to see how fast the memory is, and at least written to flush the cache.
+COPIED, FLUSHED = 1 << 30, 1 << 28
 STEP_TOLERANCE = 3e-2  # see training_step.py: ReLUs and pooling windows that rounding decides
 
 
@@ -49,7 +51,7 @@ class Clock:
         self.cupy = cupy
         self.rounds = rounds
         size = cupy.cuda.Device().attributes["L2CacheSize"]
-        self.junk = cupy.empty(max(4 * size, 1 << 28), "uint8")
+        self.junk = cupy.empty(max(4 * size, FLUSHED), "uint8")
         self.start, self.end = cupy.cuda.Event(), cupy.cuda.Event()
 
     def once(self, run: Callable[[], Any], flush: bool) -> float:
@@ -75,7 +77,7 @@ class Clock:
 
 def copy_bandwidth(clock: Clock) -> float:
     """Return the bytes a second, read and written, at which the GPU copies a gigabyte."""
-    source, target = (clock.cupy.zeros(1 << 28, "float32") for _ in range(2))
+    source, target = (clock.cupy.zeros(COPIED // 4, "float32") for _ in range(2))
     taken = clock.in_turns({"copy": lambda: clock.cupy.copyto(target, source)})["copy"]
     return 2 * source.nbytes / taken * 1e3
 

@@ -1,13 +1,18 @@
 """The GPU benchmark where there is no GPU: its floors, its table, its picture, and what it says."""
 
+import json
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 import tinygrad_bn as tg
+from tests.backend import strict_array
 from tests.backend.conftest import strict_gpu  # noqa: F401
+from tests.kernels.cuda import shim
+from tests.kernels.cuda.strict_runtime import strict_kernels
 from tinygrad_bn import functional as F
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +90,81 @@ def test_a_replayed_step_is_the_step(scripts, strict_gpu):  # noqa: F811
     assert plain.keys() == replayed.keys()
     for name, array in plain.items():
         np.testing.assert_array_equal(replayed[name], array, err_msg=name)
+
+
+class Event:
+    """An event of CUDA: all that was recorded before has been done by then."""
+
+    record = synchronize = lambda self: None
+
+
+def stand_in_for_cupy():
+    """Return what the script takes from CuPy, on the stand-in's arrays."""
+
+    class Generator:
+        def __init__(self, seed):
+            self.rng = np.random.default_rng(seed)
+
+        def standard_normal(self, size, dtype):
+            return strict_array.StrictArray(self.rng.standard_normal(size, dtype))
+
+    device = SimpleNamespace(attributes={"L2CacheSize": 1000})
+    cuda = SimpleNamespace(
+        Device=lambda: device,
+        Event=Event,
+        get_elapsed_time=lambda start, end: 0.25,
+        runtime=SimpleNamespace(getDeviceProperties=lambda index: {"name": b"a stand-in"}),
+    )
+    module = ModuleType("cupy")
+    module.__getattr__ = lambda name: getattr(strict_array.xp, name)
+    module.cuda, module.__version__ = cuda, "0"
+    module.random = SimpleNamespace(default_rng=Generator)
+    return module
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.skipif(shim.missing() is not None, reason=str(shim.missing()))
+def test_the_whole_script_runs_and_writes_what_it_found(
+    scripts, quick, monkeypatch, capsys, tmp_path
+):
+    script, pure = scripts
+    norms = (
+        pure.Norm((6, 4, 5, 5)),
+        pure.Norm((6, 5, 4, 4), -1, relu=True),
+        pure.Norm((8, 4), dtype="float16"),
+        pure.Norm((8, 8), dtype="bfloat16"),
+    )
+    for module in (script, pure):
+        monkeypatch.setattr(module, "NORMS", norms)
+    monkeypatch.setattr(script, "COPIED", 4096)
+    monkeypatch.setattr(script, "FLUSHED", 4096)
+    monkeypatch.setattr(script, "usable", lambda: {"tinygrad_bn"})
+    monkeypatch.setitem(sys.modules, "cupy", stand_in_for_cupy())
+    monkeypatch.setattr(strict_array.StrictArray, "get", strict_array.plain, raising=False)
+    output = tmp_path / "deep" / "gpu.json"
+    arguments = ["--rounds", "1", "--batches", "4", "--output", str(output)]
+    with strict_kernels() as runtime:
+        assert script.main([*arguments, *["--quick"] * quick]) == 0
+    assert {"forward_teams", "backward_teams", "convolve", "sgd"} <= set(runtime.work)
+    printed = capsys.readouterr().out
+    assert "a stand-in: copies" in printed and "products in float32" in printed
+    assert all(norm.name in printed for norm in norms)
+    assert output.exists() == (not quick)
+    if not quick:
+        found = json.loads(output.read_text())
+        assert found["norms"][norms[0].name]["forward"] == {"tinygrad_bn": 0.25}
+        assert found["steps"]["4"] == {"tinygrad_bn": 0.25, "tinygrad_bn graph": 0.25}
+        assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_result_is_not_timed(scripts):
+    script, pure = scripts
+    norm = pure.Norm((6, 4, 5))
+    x, g = np.random.default_rng(0).normal(size=(2, *norm.shape))
+    host = [SimpleNamespace(get=lambda a=a: a) for a in (x, g, np.ones(4), np.zeros(4))]
+    runs = {"forward": lambda: tg.Tensor(x), "backward": lambda: (tg.Tensor(g),)}
+    with pytest.raises(AssertionError, match="off by"):
+        script.check_norm(norm, runs, host)
 
 
 def test_disagreement_is_relative_and_sees_nan(scripts):

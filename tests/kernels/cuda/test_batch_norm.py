@@ -281,6 +281,20 @@ def test_an_array_with_gaps_is_served():
     np.testing.assert_array_equal(gaps[1][0], whole[1][0])
 
 
+def test_statistics_of_any_dtype_are_read_as_what_they_are():
+    x, g = batch((12, 4, 8))
+    saved = kernel.forward(x, axis=(1,), eps=1e-5).residuals
+    options = {"axis": (1,), "eps": 1e-5, "groups": 1, "needs": (True, True, True)}
+    want, got = (
+        kernel.vjp(
+            g, x, None, None, None, *(saved[k].astype(dtype) for k in ("mean", "var")), **options
+        )
+        for dtype in ("float64", "float32")
+    )
+    for a, b in zip(got, want, strict=True):
+        close(a, b, 10)
+
+
 def test_what_the_kernels_do_not_serve_is_declined():
     x, g = batch((4, 3, 2, 5))
     for array, axis in ((x, (0, 2)), (x[:0], (1,)), (x.astype(np.longdouble), (1,))):

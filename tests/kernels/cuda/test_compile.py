@@ -29,6 +29,19 @@ def test_every_file_is_compiled():
     assert set(PROGRAMS) == {path.name for path in launch.FOLDER.glob("*.cu")}
 
 
+def test_the_only_atomic_operation_counts_arrivals_at_a_barrier():
+    """Sums have one order each: nothing is added to memory by whoever comes first."""
+    texts = {path.name: path.read_text() for path in launch.FOLDER.glob("*.cu*")}
+    found = [
+        (name, line.strip())
+        for name, text in texts.items()
+        for line in text.splitlines()
+        if re.search(r"\batomic\w*\(|\bred\.|\batom\.|__reduce", line)
+    ]
+    line = "unsigned before = atomicAdd(arrived, step);"
+    assert found == [("batch_norm_teams.cu", line)]
+
+
 @needs_nvrtc
 @pytest.mark.parametrize(("file", "defines", "architecture"), list(cases()))
 def test_kernels_compile_without_spills(file, defines, architecture, record_property):
