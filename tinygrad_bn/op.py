@@ -45,6 +45,7 @@ from tinygrad_bn.backend import (
     placed,
     same_memory,
     saving,
+    without_lists,
 )
 from tinygrad_bn.domain import Domain
 from tinygrad_bn.grad_mode import grad_enabled
@@ -187,7 +188,7 @@ class Op:
         """
         arrays = [arg.data if isinstance(arg, TensorBase) else arg for arg in args]
         with placed(self.name, arrays):
-            out = self._from_kernels(arrays, options)
+            out = self._from_kernels(without_lists(arrays), options)
         return out if out is NotImplemented else self._call(args, options, out)
 
     def _call_pair(self, x: Any, y: Any) -> Any:
@@ -234,7 +235,8 @@ class Op:
         if options and not self.defaults.keys() >= options.keys():
             args, options = self._bind(args, options)
         tensors = recording = False
-        arrays, parents, versions = [], [], []
+        arrays: Any = []
+        parents, versions = [], []
         for arg in args:
             if isinstance(arg, TensorBase):
                 tensors = True
@@ -254,6 +256,7 @@ class Op:
         if out is None:
             if len(ARRAY_TYPES) > 1:  # a GPU's arrays are about
                 with placed(self.name, arrays):
+                    arrays = without_lists(arrays)
                     out = self._run(arrays, options)
             elif self.kernels:
                 out = self._run(arrays, options)

@@ -328,6 +328,7 @@ class Tensor(TensorBase):
             )
         raw = value.data if is_tensor else value
         with backend.placed("in-place write", (self.data, raw)):
+            _, raw = backend.without_lists((self.data, raw))
             if recording:
                 # Recorded first: what the rule saves must be found changed if this write changes it
                 wanted = is_tensor and value.requires_grad

@@ -3,7 +3,7 @@
 It stands in for an array on a GPU. Whatever would silently work there only because the data is in
 host memory raises here: `numpy.exp(x)`, `numpy.asarray(x)`, `x + ndarray`, `float(x)`, `if x:`.
 Results stay `StrictArray`s: reductions give 0-d arrays, as CuPy's do, never scalars. Python numbers
-mix with it; NumPy arrays and NumPy scalars do not.
+mix with it; NumPy arrays, NumPy scalars and lists do not.
 
 There are two devices. What is computed must be on the current one, as with CuPy where one GPU
 cannot reach into the other's memory. `TRAFFIC` counts what makes a host wait for a GPU. What is
@@ -158,6 +158,7 @@ class StrictArray:
     def __setitem__(self, index, value):
         if _has_mask(index if type(index) is tuple else (index,)):
             count("wait")  # CuPy counts the entries here too
+        _refuse_lists((value,))
         _launch(np.ndarray.__setitem__, (self, index, value), {})
 
     def __deepcopy__(self, memo):
@@ -188,10 +189,18 @@ def _has_mask(index):
     return any(isinstance(i, StrictArray) and i.dtype == bool for i in index)
 
 
+def _refuse_lists(operands):
+    """CuPy takes a list for an array only where arrays are made."""
+    if any(type(operand) in (list, tuple) for operand in operands):
+        raise ImplicitConversionError("a list met a StrictArray")
+
+
 def _method(name):
     function = getattr(np.ndarray, name)
 
     def method(self, *args, **kwargs):
+        if name.startswith("__"):
+            _refuse_lists(args)
         return _launch(function, (self, *args), kwargs, self)
 
     return method
@@ -201,6 +210,7 @@ def _in_place(name):
     function = getattr(np.ndarray, name)
 
     def method(self, other):
+        _refuse_lists((other,))
         _launch(function, (self, other), {})
         return self
 
@@ -240,6 +250,8 @@ class _Function:
         name = getattr(self._function, "__name__", "")
         if name in _WAITING:
             count("wait")
+        if isinstance(self._function, np.ufunc) or name == "where":
+            _refuse_lists(args)
         if name in ("array", "asarray") and not any(isinstance(a, StrictArray) for a in args):
             count("write")
         sources = (*args, *(args[0] if args and type(args[0]) in (tuple, list) else ()))

@@ -186,6 +186,24 @@ def test_in_place_writes_reach_the_other_array_type(strict_gpu):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def test_lists_are_operands_and_are_written_as_they_are_on_the_cpu(strict_gpu):
+    results = []
+    for device in ("cpu", "cuda"):
+        x = tg.tensor([1.0, 2.0], device=device, requires_grad=True)
+        product = x * [3.0, 4.0]
+        product[0] = 5.0
+        product += [1, 2]
+        product[:] = product * (2, 2)
+        product.sum().backward()
+        written = tg.zeros(2, 2, device=device)
+        written[0] = [1, 2]
+        joined = tg.concatenate([tg.where(written[0] > 1, [7.0, 8.0], 0), [9.0]])
+        results.append([t.numpy() for t in (product.detach(), x.grad, written, joined)])
+    for here, there in zip(*results, strict=True):
+        np.testing.assert_array_equal(there, here)
+        assert there.dtype == here.dtype
+
+
 @pytest.mark.parametrize("index", [1, (1,), (1, Ellipsis), slice(1, 2)])
 def test_an_entry_that_was_read_before_a_write_is_the_same_on_both_array_types(strict_gpu, index):
     seen = []

@@ -33,6 +33,13 @@ def test_what_is_made_is_made_there(gpu):
     assert {t.device for t in made} == {gpu}
 
 
+def test_lists_are_operands_and_can_be_written(gpu):
+    t = tg.tensor([1.0, 2.0], device=gpu) * [3, 4]
+    t[1:] = [5.0]
+    t += (1, 1)
+    assert tg.where(t > 4, [0.0, 1.0], t).tolist() == [4.0, 1.0]
+
+
 def test_one_seed_gives_the_same_parameters_as_on_the_cpu(gpu):
     drawn = []
     for device in ("cpu", gpu):

@@ -15,6 +15,7 @@ from tinygrad_bn.backend.arrays import (
     register_backend,
     same_memory,
     to_numpy,
+    without_lists,
 )
 from tinygrad_bn.backend.checks import check_data, extremes
 from tinygrad_bn.backend.devices import (
@@ -83,4 +84,5 @@ __all__ = [
     "several_devices",
     "to_device",
     "to_numpy",
+    "without_lists",
 ]

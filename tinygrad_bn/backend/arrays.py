@@ -7,7 +7,7 @@ library: they call `array_module(x)` and write `xp.exp(x)`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,16 @@ def as_array(value: object, *like: object) -> Array:
     """
     # Not `asarray` of what is an array: CuPy would copy it to the current device.
     return value if type(value) in ARRAY_TYPES else backend_of(value, *like).xp.asarray(value)
+
+
+def without_lists(values: Sequence[Any]) -> Sequence[Any]:
+    """Return raw inputs with the lists and tuples among them as arrays of the others' backend.
+
+    NumPy takes lists for arrays everywhere; CuPy, nearly nowhere.
+    """
+    if not any(type(value) in (list, tuple) for value in values):
+        return values
+    return [as_array(v, *values) if type(v) in (list, tuple) else v for v in values]
 
 
 class LentMemory:
