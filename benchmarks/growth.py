@@ -4,7 +4,10 @@
             image, and as the step's time over what proportional growth from 64 images would give
     tape    the chain of small_ops.py (one entry, all operands require grad) of 10³ to 10⁶ ops,
             forward and backward; reported per op, with the exponent p of time ∝ ops^p between 10⁴
-            and 10⁶ (1 is linear), and the memory that the longest chain takes, per op
+            and 10⁶ (1 is linear), and the memory that the longest chain takes, per op. The graph of
+            the turn before is let go at the beginning of a forward pass, inside what is timed; kept
+            until the new one is there, it has Python's garbage collector go through twice as many
+            objects, and p was 1.13
 
 The sizes take turns, each in a process of its own. PyTorch eager stands beside us.
 

@@ -50,6 +50,7 @@ class Chain(Contender):
     def forward(self) -> None:
         for leaf in (self.x, self.a, self.b):
             leaf.grad = None
+        self.y = None  # the graph of the turn before goes first, as a step's own do when it returns
         y, a, b = self.x, self.a, self.b
         for _ in range(self.pairs):
             y = y * a
