@@ -11,18 +11,24 @@ STAMPS := .venv/.stamps
 BENCHMARKS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test mutants soak lint format bench docs clean distclean
+.PHONY: help train test test-emulated-gpu mutants soak lint format bench docs clean distclean
 # Two pips in one environment would trip over each other.
 .NOTPARALLEL:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
 
 train: $(STAMPS)/train ## train on Fashion-MNIST, e.g. make train ARGS="--recipe modern"
 	$(PY) examples/fashion_mnist.py $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 test: $(STAMPS)/test ## run all tests and doctests, e.g. make test ARGS="-k batch_norm"
 	$(PY) -m pytest $(ARGS)
+
+# Real CuPy, in a virtual environment of its own, above CUDA's libraries written for the CPU.
+test-emulated-gpu: ## run the tests for a GPU where there is none (tests/gpu/emulator; needs g++)
+	"$(PYTHON)" -m tests.gpu.emulator.build build/emulated-gpu
+	CUPY_ACCELERATORS= CUPY_CACHE_IN_MEMORY=1 TINYGRAD_BN_EMULATED_GPU=1 \
+	  build/emulated-gpu/bin/python -m pytest --require-gpu -m gpu $(ARGS)
 
 mutants: $(STAMPS)/test ## let the verification kit find planted faults; writes docs/mutants.md
 	$(PY) -m tests.mutants $(ARGS)

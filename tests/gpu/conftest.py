@@ -68,6 +68,23 @@ def cupy():
     return cuda._registered().xp
 
 
+@pytest.fixture(autouse=EMULATED)
+def nan_in_new_memory():
+    """Have what CuPy allocates hold NaN: in order with the work on the memory before and behind."""
+    cupy = cuda._registered().xp
+
+    class Fill(cupy.cuda.MemoryHook):
+        name = "NaN in new memory"
+
+        def malloc_postprocess(self, *, mem_ptr, mem_size, **others):
+            if mem_ptr:
+                stream = cupy.cuda.get_current_stream().ptr
+                cupy.cuda.runtime.memsetAsync(mem_ptr, 0xFF, mem_size, stream)
+
+    with Fill():
+        yield
+
+
 @pytest.fixture
 def emulated():
     """Return whether the GPU is emulated: it is slow, then, and timings mean nothing."""

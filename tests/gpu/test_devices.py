@@ -167,3 +167,11 @@ def test_gradients_flow_between_two_gpus(second_gpu):
     (y * y).sum().backward()
     assert (y.device, x.grad.device) == (second_gpu, "cuda:0")
     assert x.grad.tolist() == [18.0, 36.0]
+
+
+def test_what_is_written_after_a_move_is_not_moved(second_gpu):
+    x = tg.zeros(1000, device="cuda:0")
+    y = x.to(second_gpu)
+    x[...] = 7.0
+    assert x.sum().item() == 7000.0
+    assert y.sum().item() == 0.0

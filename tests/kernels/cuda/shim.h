@@ -36,6 +36,7 @@ using std::isnan;
 #define __shared__ static
 #define __launch_bounds__(...)
 
+#ifndef SHIM_VECTOR_TYPES  // CUDA's own headers may have been included
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
@@ -48,6 +49,7 @@ struct alignas(16) float4 {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
+#endif
 
 namespace shim {
 
