@@ -19,10 +19,10 @@ pytestmark = pytest.mark.usefixtures("own_ops")
 def default_choice(monkeypatch):
     """Use the kernels' default choice, and forget a test's kernel modules after it."""
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
-    kernels._from_environment.cache_clear()
+    kernels._environment.clear()
     yield
-    kernels._load.cache_clear()
-    kernels._from_environment.cache_clear()
+    kernels._modules.clear()
+    kernels._environment.clear()
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_the_environment_variable_switches_kernels_off(fused, monkeypatch):
     monkeypatch.setenv(kernels.VARIABLE, "generic")
     op(np.ones(1, np.float32))
     assert asked == ["generic forward"]
-    kernels._from_environment.cache_clear()
+    kernels._environment.clear()
     monkeypatch.setenv(kernels.VARIABLE, "fastest")
     with pytest.raises(ValueError, match=r"TINYGRAD_BN_KERNELS: unknown.*'fastest'.*'generic'"):
         op(np.ones(1, np.float32))

@@ -141,7 +141,7 @@ def test_the_first_use_of_everything_may_be_everybodys():
     alone = [trained(i, steps=1) for i in range(THREADS)]
     for _ in range(5):
         for op in REGISTRY.values():
-            op._plans.clear()
+            op._plans = {}
         conv_block_plan._plan.cache_clear()
         assert_same(at_once(lambda i: trained(i, steps=1)), alone)
 

@@ -117,7 +117,10 @@ class Op:
         self.view = view
         self.differentiable = differentiable
         self.rules: tuple[Rule, ...] = ()
-        self._plans: dict[tuple[bool, ...], Plan] = {}
+        #: By which inputs require grad, a bit for each behind a leading 1. Only ever added to.
+        # Threads share it, and where Python has no global lock these would lock it: `get`, and a
+        # key that is equal but not the same object, as tuples are. (Small integers are the same.)
+        self._plans: dict[int, Plan] = {}
         self.kernels: Mapping[str, str] = {}
         self.__doc__ = forward.__doc__
         self.__name__ = name
@@ -147,7 +150,7 @@ class Op:
         """
         if (rule is None) == (not per_input):
             raise TypeError(f"{self.name}.def_vjp: give one rule, or rules by input name")
-        self._plans.clear()
+        self._plans = {}
         if rule is not None:
             self.rules = (Rule(self, rule, None),)
             return rule
@@ -212,7 +215,8 @@ class Op:
                 from_y = y.node or y
             if y.view_of is not None and y.view_of != version_y[1]:
                 self._refuse_stale_view()
-        plan = self._plans.get((from_x is not None, from_y is not None))
+        needs, plans = 4 + 2 * (from_x is not None) + (from_y is not None), self._plans
+        plan = plans[needs] if needs in plans else None  # noqa: SIM401  (`get` may lock)
         if plan is None or plan.pick is None or len(ARRAY_TYPES) > 1:
             return self._call((x, y), _NOTHING)[0]
         out = self.forward(array_x, array_y)
@@ -301,7 +305,7 @@ class Op:
             floating = dtype.kind == "f" or is_floating(dtype)
         if not floating:
             return tuple(map(new_tensor, out)) if type(out) is tuple else new_tensor(out)
-        plan = self._plan(tuple([parent is not None for parent in parents]))
+        plan = self._plan(parents)
         if type(out) is tuple:
             node = Node(plan, parents, tuple([o.shape for o in out]), dtype)
             places = [Output(node, i) if is_floating(o.dtype) else None for i, o in enumerate(out)]
@@ -312,17 +316,19 @@ class Op:
         plan.keep(node, arrays, versions, result, options, residuals)
         return result
 
-    def _plan(self, needs: tuple[bool, ...]) -> Plan:
-        """Return what to keep and how to go back where the inputs in `needs` require grad."""
-        plan = self._plans.get(needs)
-        if plan is None:
+    def _plan(self, parents: Sequence[Any]) -> Plan:
+        """Return what to keep and how to go back where the inputs with parents require grad."""
+        needs, plans = 1, self._plans
+        for parent in parents:
+            needs = 2 * needs + (parent is not None)
+        if needs not in plans:
             if not self.rules:
                 raise RuntimeError(
                     f"{self.name}: it has no derivative rule, but an input requires grad; define "
                     f"one with @{self.name}.def_vjp, or call it on .detach()ed Tensors"
                 )
-            plan = self._plans[needs] = Plan(self, needs)
-        return plan
+            plans[needs] = Plan(self, tuple([parent is not None for parent in parents]))
+        return plans[needs]
 
     def pull_back(
         self, node: Node, g: Any, needs: Sequence[bool] | None, as_tensors: bool

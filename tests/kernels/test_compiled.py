@@ -303,6 +303,5 @@ def test_a_numba_that_cannot_be_imported_is_reported_and_not_asked_again(monkeyp
         assert "cannot be imported: division" in kernels.unusable_because("numba")
         assert not module.usable()
     finally:
-        kernels._ruled_out.clear()
-        kernels.unusable_because.cache_clear()
+        kernels._reasons.clear()
         module.usable.cache_clear()

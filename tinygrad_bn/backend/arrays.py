@@ -74,9 +74,8 @@ def is_array(value: object) -> bool:
 def backend_of(*values: object) -> Backend:
     """Return the backend of the first array among `values`; NumPy's if there is none."""
     for value in values:
-        backend = ARRAY_TYPES.get(type(value))
-        if backend is not None:
-            return backend
+        if type(value) in ARRAY_TYPES:
+            return ARRAY_TYPES[type(value)]
     for value in values:  # subclasses of a known array type, such as np.memmap; CuPy's first array
         if type(value).__module__.partition(".")[0] == "cupy":
             importlib.import_module("tinygrad_bn.backend.cuda").backend(None)
@@ -93,7 +92,8 @@ def array_module(*values: object) -> Any:
     >>> array_module(numpy.ones(3)).__name__
     'numpy'
     """
-    backend = ARRAY_TYPES.get(type(values[0])) or backend_of(*values)
+    kind = type(values[0])
+    backend = ARRAY_TYPES[kind] if kind in ARRAY_TYPES else backend_of(*values)
     return backend.xp
 
 

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from typing import Any
 
 from tinygrad_bn.backend import cuda
@@ -23,7 +22,12 @@ VARIABLE = "TINYGRAD_BN_KERNELS"
 CHOICES = ("numpy", "numba", "cuda", "generic")
 
 _chosen: ContextVar[str | None] = ContextVar("tinygrad_bn_kernels", default=None)
-_ruled_out: dict[str, str] = {}
+
+# What was found out once, by name. Every call of an op with kernels asks, in every thread. (Where
+# Python has no global lock, calls of what `functools.cache` makes wait for one another.)
+_environment: dict[str, str | None] = {}
+_reasons: dict[str, str | None] = {}
+_modules: dict[str, Any] = {}
 
 
 @contextmanager
@@ -47,10 +51,11 @@ def chosen() -> str | None:
     return _chosen.get() or _from_environment()
 
 
-@cache  # every call of an op with kernels asks, and the environment takes a microsecond to answer
 def _from_environment() -> str | None:
-    value = os.environ.get(VARIABLE)
-    return _checked(value, VARIABLE) if value else None
+    if VARIABLE not in _environment:
+        value = os.environ.get(VARIABLE)
+        _environment[VARIABLE] = _checked(value, VARIABLE) if value else None
+    return _environment[VARIABLE]
 
 
 def _checked(family: str, where: str) -> str:
@@ -59,11 +64,15 @@ def _checked(family: str, where: str) -> str:
     return family
 
 
-@cache
 def unusable_because(family: str) -> str | None:
     """Return why `family` cannot serve here, or None if it can."""
-    if family in _ruled_out:
-        return _ruled_out[family]
+    if family not in _reasons:
+        # Not in the place of what another thread has found out meanwhile.
+        _reasons.setdefault(family, _missing(family))
+    return _reasons[family]
+
+
+def _missing(family: str) -> str | None:
     if family == "numba" and importlib.util.find_spec("numba") is None:
         return "the package numba is not installed (pip install 'tinygrad_bn[fast]')"
     return None
@@ -71,8 +80,7 @@ def unusable_because(family: str) -> str | None:
 
 def rule_out(family: str, reason: str) -> None:
     """Ask `family` no more: it has turned out not to work here."""
-    _ruled_out[family] = reason
-    unusable_because.cache_clear()
+    _reasons[family] = reason
 
 
 def candidates(
@@ -91,9 +99,10 @@ def candidates(
                 yield kernel
 
 
-@cache
 def _load(module: str, kind: str) -> Callable[..., Any] | None:
-    return getattr(importlib.import_module(module), kind, None)
+    if module not in _modules:
+        _modules[module] = importlib.import_module(module)
+    return getattr(_modules[module], kind, None)
 
 
 def status(name: str, modules: Mapping[str, str]) -> dict[str, str]:

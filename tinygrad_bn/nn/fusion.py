@@ -48,7 +48,7 @@ def step(modules: Sequence[Module], at: int, x: Any) -> tuple[int, Any]:
 def is_plain(module: Module) -> bool:
     """Return whether calling `module` runs the library's `forward` for it and nothing else."""
     cls: Any = type(module)
-    if _OWN.get(cls) != (cls.__call__, cls.forward):
+    if cls not in _OWN or _OWN[cls] != (cls.__call__, cls.forward):
         return False
     return "forward" not in vars(module) and not module.has_hooks
 

@@ -100,13 +100,11 @@ class Compiled:
 
     def of(self, *dtypes: Any) -> Function:
         """Return the function for arguments of these dtypes, made now if it is not there yet."""
-        function = self._made.get(dtypes)
-        if function is None:
+        if dtypes not in self._made:
             with _making:
-                function = self._made.get(dtypes)
-                if function is None:
-                    function = self._made[dtypes] = self._make(dtypes)
-        return function
+                if dtypes not in self._made:
+                    self._made[dtypes] = self._make(dtypes)
+        return self._made[dtypes]
 
     def _make(self, dtypes: tuple[Any, ...]) -> Function:
         numba = importlib.import_module("numba")
