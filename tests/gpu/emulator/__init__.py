@@ -3,6 +3,8 @@
     make test-emulated-gpu                          # needs g++ and a network for pip; Linux
     make test-emulated-gpu ARGS="-k capture"
 
+All of it takes some 20 minutes on two busy cores. Most of that is g++, whose results are kept.
+
 CuPy comes from its wheel: its ufuncs, reductions, indexing, memory pools, streams, graphs and the
 kernels that it writes are its own. What lies below is written anew, for the host's memory:
 

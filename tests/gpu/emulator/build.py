@@ -21,6 +21,7 @@ CUPY = "14.2.0"
 CYTHON, CUDA = "3.2.4", 13020
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
+SHIM = ROOT / "tests" / "kernels" / "cuda" / "shim.h"
 KERNEL_OPTIONS = "-std=c++17 -O1 -ffp-contract=off -fPIC -w -U_FORTIFY_SOURCE"
 
 
@@ -104,20 +105,15 @@ class Environment:
         run("g++", *KERNEL_OPTIONS.split(), *(f"-I{headers / part}" for part in parts),
             f"-I{self.cuda}/include", "-x", "c++-header", HERE / "prelude.h",
             "-o", self.emulator / "prelude.h.gch")  # fmt: skip
+        (self.emulator / "prelude.key").write_text(key(HERE / "prelude.h", SHIM))
         (self.emulator / "kernels").mkdir(exist_ok=True)
-
-    def key(self) -> str:
-        """Return what changes with the emulator's files and the compiler."""
-        files = [*sorted(HERE.glob("*.*")), ROOT / "tests" / "kernels" / "cuda" / "shim.h"]
-        text = b"".join(path.read_bytes() for path in files) + run("g++", "--version").encode()
-        return hashlib.sha256(text).hexdigest()
 
     def build(self) -> None:
         """Bring everything up to date."""
         if not self.source.exists():
             self.install()
-        stamp, key = self.emulator / "key", self.key()
-        if stamp.exists() and stamp.read_text() == key:
+        stamp, now = self.emulator / "key", key(*sorted(HERE.glob("*.*")), SHIM)
+        if stamp.exists() and stamp.read_text() == now:
             return
         self.runtime()
         (cublas,) = self.packages.glob("cupy_backends/cuda/libs/cublas.*.so")
@@ -128,7 +124,13 @@ class Environment:
                      options=(f'-DEMULATOR="{self.emulator}"',
                               f'-DEMULATOR_OPTIONS="{KERNEL_OPTIONS}"'))  # fmt: skip
         self.prelude()
-        stamp.write_text(key)
+        stamp.write_text(now)
+
+
+def key(*files: Path) -> str:
+    """Return what changes with these files and the compiler."""
+    text = b"".join(path.read_bytes() for path in files) + run("g++", "--version").encode()
+    return hashlib.sha256(text).hexdigest()
 
 
 def symbols(library: Path, which: str) -> set[str]:

@@ -90,7 +90,7 @@ int compile(Program& program, const std::string& flags, bool flush) {
     whole << "EMULATED_EXPORT(" << program.names[i] << ", (" << program.expressions[i] << "), "
           << waits << ")\n";
   }
-  std::string text = whole.str(), key = text + flags + read(EMULATOR "/key");
+  std::string text = whole.str(), key = text + flags + read(EMULATOR "/prelude.key");
   char name[40];
   snprintf(name, sizeof name, "%016lx%016lx", hash(key, 0xCBF29CE484222325), hash(key, 0x9E3779B9));
   std::string library = std::string(EMULATOR "/kernels/") + name + ".so";
