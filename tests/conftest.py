@@ -1,6 +1,11 @@
-"""The Hypothesis profile: TINYGRAD_BN_PROFILE is dev, ci or nightly; ci where CI is set."""
+"""The Hypothesis profile: TINYGRAD_BN_PROFILE is dev, ci or nightly; ci where CI is set.
+
+And, in a Python that can do without the global lock, a look at whether that stayed off.
+"""
 
 import os
+import sys
+import sysconfig
 
 import pytest
 from hypothesis import settings
@@ -20,3 +25,19 @@ def own_ops():
     yield
     REGISTRY.clear()
     REGISTRY.update(before)
+
+
+def _global_lock_is_on():
+    return getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+def pytest_report_header():
+    return f"Python's global lock is {'on' if _global_lock_is_on() else 'off'}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def the_global_lock_stays_off():
+    """Fail at the end if some package has brought the lock back, and PYTHON_GIL=1 has not."""
+    yield
+    if sysconfig.get_config_var("Py_GIL_DISABLED") and os.environ.get("PYTHON_GIL") != "1":
+        assert not _global_lock_is_on()
