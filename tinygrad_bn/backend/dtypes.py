@@ -38,11 +38,11 @@ def _bfloat16() -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-@lru_cache(maxsize=256)
 def is_floating(dtype: np.dtype) -> bool:
     """Return whether `dtype` is a real floating type: the only ones that carry gradients."""
     # ml_dtypes' bfloat16 reports kind 'V', so its kind alone does not tell.
-    return dtype.kind == "f" or dtype.name == "bfloat16"
+    kind = dtype.kind
+    return kind == "f" or (kind == "V" and dtype.name == "bfloat16")
 
 
 @lru_cache(maxsize=256)
