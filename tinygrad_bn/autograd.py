@@ -302,8 +302,9 @@ def _seed(name: str, output: TensorBase, gradient: Any, create_graph: bool) -> A
             gradient = array_module(data).ones_like(data)
     is_tensor = isinstance(gradient, TensorBase)
     raw = gradient.data if is_tensor else gradient
+    given = is_array(raw)  # asked first: CuPy may be met here for the first time
     with placed(name, (data, raw)):
-        if not is_array(raw):
+        if not given:
             raw = array_module(data).asarray(raw, dtype=data.dtype)
     if raw.shape != data.shape:
         raise ValueError(

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import tinygrad_bn as tg
-from tests.backend.strict_array import StrictArray, plain, strict
-from tinygrad_bn import backend, ops
+from tests.backend.strict_array import StrictArray, plain, strict, strict_backend
+from tinygrad_bn import backend, nn, ops
+from tinygrad_bn.backend import ARRAY_TYPES, cuda, register_backend
 from tinygrad_bn.backend.kernels import use_kernels
 from tinygrad_bn.domain import Boolean, Integer, case
 from tinygrad_bn.op import REGISTRY
@@ -184,6 +185,29 @@ def test_in_place_writes_reach_the_other_array_type(strict_gpu):
 
     for ours, theirs in zip(written(np.array), written(strict), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.fixture
+def unseen_gpu(monkeypatch):
+    """Have StrictArray taken for CuPy's array, of which none has been seen so far."""
+    monkeypatch.setattr(cuda, "unavailable_because", lambda: None)
+    monkeypatch.setattr(cuda, "_registered", lambda: register_backend(strict_backend))
+    monkeypatch.setattr(StrictArray, "__module__", "cupy")
+    assert StrictArray not in ARRAY_TYPES
+    yield
+    ARRAY_TYPES.pop(StrictArray, None)
+
+
+@pytest.mark.parametrize(
+    "use", [tg.Tensor, tg.tensor, tg.zeros_like, nn.Parameter], ids=lambda use: use.__name__
+)
+def test_the_first_array_of_cupy_may_be_met_anywhere(unseen_gpu, use):
+    assert type(use(strict(np.ones(3))).data) is StrictArray
+
+
+def test_the_first_array_of_cupy_is_no_gradient_of_the_cpus(unseen_gpu):
+    with pytest.raises(ValueError, match="on 'cpu' and on 'cuda:0'"):
+        tg.tensor([1.0], requires_grad=True).backward(strict(np.ones(1)))
 
 
 def test_lists_are_operands_and_are_written_as_they_are_on_the_cpu(strict_gpu):

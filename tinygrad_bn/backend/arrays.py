@@ -68,7 +68,16 @@ numpy_backend = register_backend(
 
 def is_array(value: object) -> bool:
     """Return whether `value` is a raw array or a NumPy scalar (not a Python number)."""
-    return type(value) in ARRAY_TYPES or isinstance(value, (np.generic, *ARRAY_TYPES))
+    if type(value) in ARRAY_TYPES:
+        return True
+    _register_cupys(value)
+    return isinstance(value, (np.generic, *ARRAY_TYPES))
+
+
+def _register_cupys(value: object) -> None:
+    """Register CuPy's backend if `value` is the first of its arrays that is seen."""
+    if type(value).__module__.partition(".")[0] == "cupy":
+        importlib.import_module("tinygrad_bn.backend.cuda").backend(None)
 
 
 def backend_of(*values: object) -> Backend:
@@ -77,8 +86,7 @@ def backend_of(*values: object) -> Backend:
         if type(value) in ARRAY_TYPES:
             return ARRAY_TYPES[type(value)]
     for value in values:  # subclasses of a known array type, such as np.memmap; CuPy's first array
-        if type(value).__module__.partition(".")[0] == "cupy":
-            importlib.import_module("tinygrad_bn.backend.cuda").backend(None)
+        _register_cupys(value)
         for array_type, backend in ARRAY_TYPES.items():
             if isinstance(value, array_type):
                 return backend
