@@ -29,7 +29,9 @@ using std::isfinite;
 using std::isnan;
 
 #define __global__
+#ifndef __device__
 #define __device__
+#endif
 #define __host__
 #define __forceinline__ inline
 #define __restrict__
@@ -85,13 +87,38 @@ struct Thread {
   unsigned seen = 0;
 };
 
-inline Thread* current;
+inline Thread* current;  // null between threads
 inline dim3 block_size, grid_size;
 inline jmp_buf scheduler;
 inline uint64_t events;  // grows whenever something happens that another thread may wait for
 inline void (*kernel)(void**);
 inline void** arguments;
 inline std::vector<Fiber*> fibers;
+
+// For races.h: what to tell of a fence and of an atomic operation, and whether the access that is
+// being made belongs to one, or passes by the cache of a multiprocessor.
+inline void (*on_fence)();
+inline void (*on_atomic)(void*);
+inline volatile bool atomic, from_shared_cache;
+
+// True for as long as it lives; the compiler moves nothing across its ends.
+struct Meanwhile {
+  volatile bool& flag;
+
+  explicit Meanwhile(volatile bool& flag) : flag(flag) {
+    flag = true;
+    asm volatile("" ::: "memory");
+  }
+  ~Meanwhile() {
+    asm volatile("" ::: "memory");
+    flag = false;
+  }
+};
+
+inline void begin_atomic(void* at) {
+  ++events;
+  if (on_atomic) on_atomic(at);
+}
 
 inline void yield() {
   if (_setjmp(current->fiber->context) == 0) _longjmp(scheduler, 1);
@@ -143,7 +170,10 @@ inline void main_of_fiber() {
 
 inline void resume(Thread* thread) {
   current = thread;
-  if (_setjmp(scheduler) != 0) return;
+  if (_setjmp(scheduler) != 0) {
+    current = nullptr;
+    return;
+  }
   Fiber& fiber = *thread->fiber;
   if (fiber.started) _longjmp(fiber.context, 1);
   fiber.started = true;
@@ -273,7 +303,9 @@ inline void __syncthreads() {
   shim::barrier(block.threads, block.arrived, block.rounds);
 }
 inline void __syncwarp(unsigned = ~0u) { shim::warp_barrier(); }
-inline void __threadfence() {}
+inline void __threadfence() {
+  if (shim::on_fence) shim::on_fence();
+}
 inline void __threadfence_block() {}
 inline void __nanosleep(unsigned) { shim::yield(); }
 
@@ -299,28 +331,32 @@ T __shfl_up_sync(unsigned, T value, unsigned by, int width = 32) {
 
 template <class T, class U>
 T atomicAdd(T* at, U value) {
-  ++shim::events;
+  shim::begin_atomic(at);
+  shim::Meanwhile now(shim::atomic);
   T before = *at;
   *at = T(before + value);
   return before;
 }
 template <class T, class U>
 T atomicMax(T* at, U value) {
-  ++shim::events;
+  shim::begin_atomic(at);
+  shim::Meanwhile now(shim::atomic);
   T before = *at;
   if (T(value) > before) *at = T(value);
   return before;
 }
 template <class T, class U>
 T atomicExch(T* at, U value) {
-  ++shim::events;
+  shim::begin_atomic(at);
+  shim::Meanwhile now(shim::atomic);
   T before = *at;
   *at = T(value);
   return before;
 }
 template <class T, class U, class V>
 T atomicCAS(T* at, U expected, V value) {
-  ++shim::events;
+  shim::begin_atomic(at);
+  shim::Meanwhile now(shim::atomic);
   T before = *at;
   if (before == T(expected)) *at = T(value);
   return before;
@@ -336,6 +372,7 @@ T __ldcs(const T* at) {
 }
 template <class T>
 T __ldcg(const T* at) {
+  shim::Meanwhile now(shim::from_shared_cache);
   return *at;
 }
 template <class T>

@@ -34,8 +34,19 @@ COMPILER = os.environ.get("CXX", "g++")
 # -O1 compiles fastest among what runs fast enough; a GPU contracts no more than fma() says here.
 OPTIONS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-U_FORTIFY_SOURCE")
 
-# How `Traced` compiles: no access is merged with another, left out or made twice.
-TRACED = ("-O0", "-fsanitize=thread")
+_OBSERVED = ("-fsanitize=thread", "--param=tsan-distinguish-volatile=1")
+#: By the header that is told of every access, how it is compiled. To count them: so that none is
+#: merged with another or made twice. To find races: so that no function returns a struct right into
+#: memory, which would go unobserved.
+OBSERVED = {
+    "trace.h": ("-O0", *_OBSERVED),
+    "races.h": (
+        "-O1",
+        "-fno-semantic-interposition",
+        "-D__device__=__attribute__((always_inline))",
+        *_OBSERVED,
+    ),
+}
 
 #: Small, so that small arrays have several blocks of several warps, and more blocks than fit.
 DEVICE = launch.Device(
@@ -140,7 +151,7 @@ class Traced(ShimRuntime):
         self.moved: list[list[int]] = []
 
     def compile(self, text: str) -> ctypes.CDLL:
-        return ctypes.CDLL(str(compiled(text, traced=True)))
+        return ctypes.CDLL(str(compiled(text, "trace.h")))
 
     def function(self, module: ctypes.CDLL, name: str):
         return *super().function(module, name), module
@@ -151,29 +162,58 @@ class Traced(ShimRuntime):
 
     def launch(self, function, *arguments) -> None:
         *function, module = function
-        count = len(self.watch)
-        begins = [a.ctypes.data for a in self.watch]
-        ends = [a.ctypes.data + a.nbytes for a in self.watch]
-        addresses = ctypes.c_size_t * count
-        module.trace_watch(count, addresses(*begins), addresses(*ends))
+        _watch(module, self.watch)
         super().launch(function, *arguments)
-        found = (ctypes.c_uint64 * (2 * count))()
-        module.trace_counts(found)
+        found = (ctypes.c_uint64 * (2 * len(self.watch)))()
+        module.counts(found)
         for k, (read, written) in enumerate(zip(found[::2], found[1::2], strict=True)):
             self.moved[k][0] += read
             self.moved[k][1] += written
 
 
-def compiled(text: str, traced: bool = False) -> Path:
-    """Return the library that g++ makes of a kernel's text; compiled once and kept."""
+class Ordered(ShimRuntime):
+    """One whose launches raise RaceError for two accesses without an order; see races.h."""
+
+    def compile(self, text: str) -> ctypes.CDLL:
+        return ctypes.CDLL(str(compiled(text, "races.h")))
+
+    def function(self, module: ctypes.CDLL, name: str):
+        return *super().function(module, name), module
+
+    def launch(self, function, blocks, threads, shared, arguments, cooperative) -> None:
+        *function, module = function
+        _watch(module, [_host(a) for a in arguments if type(a) not in (int, float)])
+        super().launch(function, blocks, threads, shared, arguments, cooperative)
+        module.race.restype = ctypes.c_char_p
+        found = module.race().decode()
+        if found:
+            raise RaceError(f"{function[0]}: {found}")
+
+
+class RaceError(RuntimeError):
+    """Two threads reach for the same memory, and nothing says who is first."""
+
+
+def _watch(module: ctypes.CDLL, arrays: list[np.ndarray]) -> None:
+    addresses = ctypes.c_size_t * len(arrays)
+    begins = addresses(*(a.ctypes.data for a in arrays))
+    ends = addresses(*(a.ctypes.data + a.nbytes for a in arrays))
+    module.watch(len(arrays), begins, ends)
+
+
+def compiled(text: str, observer: str | None = None) -> Path:
+    """Return the library that g++ makes of a kernel's text; compiled once and kept.
+
+    observer: the header that is told of every access to memory.
+    """
     names = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", text)
     exports = "".join(f"SHIM_EXPORT({name})\n" for name in names)
-    headers = [HEADER, HEADER.with_name("trace.h")] if traced else [HEADER]
-    front = "".join(header.read_text(encoding="utf-8") for header in headers)
+    headers = [HEADER.name, observer, "hooks.h"] if observer else [HEADER.name]
+    front = "".join(HEADER.with_name(name).read_text(encoding="utf-8") for name in headers)
     whole = front + text + "\n" + exports
-    key = hashlib.sha256(repr((COMPILER, OPTIONS, traced and TRACED, whole)).encode()).hexdigest()[
-        :32
-    ]
+    key = hashlib.sha256(
+        repr((COMPILER, OPTIONS, OBSERVED.get(observer), whole)).encode()
+    ).hexdigest()[:32]
     folder = Path(tempfile.gettempdir()) / f"tinygrad_bn-shim-{getpass.getuser()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{key}.so"
@@ -182,9 +222,9 @@ def compiled(text: str, traced: bool = False) -> Path:
             path, made = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
             path.write_text(whole, encoding="utf-8")
             source = path
-            if traced:  # linked by itself, so without the sanitizer's library
+            if observer:  # linked by itself, so without the sanitizer's library
                 source = path.with_suffix(".o")
-                _call(COMPILER, *OPTIONS, *TRACED, "-c", "-o", source, path)
+                _call(COMPILER, *OPTIONS, *OBSERVED[observer], "-c", "-o", source, path)
             _call(COMPILER, *OPTIONS, "-o", made, source)
             made.replace(library)  # whole, or not there: another process may look for it
     return library
