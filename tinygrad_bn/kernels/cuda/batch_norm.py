@@ -169,9 +169,7 @@ def _backward_by_teams(
     mean, var, weight, bias = vectors
     if tensors[-1] is None:  # nothing to keep it on the chip for
         return False
-    if (
-        mean.dtype.name != "float64" or var.dtype.name != "float64"
-    ):  # as the kernel takes them to be
+    if mean.dtype.name != "float64" or var.dtype.name != "float64":  # which the kernel does not ask
         return False
     arrays = present(tensors)
     teams = teams_for("backward_teams", view, arrays, relu, 2, GRADIENT)
