@@ -81,28 +81,22 @@ def op(name, fault, owner, attribute, change):
 # --- batch norm ----------------------------------------------------------------------------------
 
 
-def tail_not_made(init):
-    def call(self, *args):
-        init(self, *args)
-        self.tail = 0
+def whole_rows_alone(parts):
+    """Leave out the last samples, if they fill no row."""
+
+    def call(self):
+        *most, last = parts(self)
+        return [*most, slice(last.start, self.size // self.row * self.row)]
 
     return call
 
 
-def without_tail(function):
+def in_whole_rows(function):
     def call(channels, *args):
-        tail, channels.tail = channels.tail, 0
-        try:
+        with replaced((Channels, "parts", whole_rows_alone(Channels.parts))):
             return function(channels, *args)
-        finally:
-            channels.tail = tail
 
     return call
-
-
-def as_long_as_a_row(parts):
-    """Tell the loops that the tail has as many columns as a row."""
-    return lambda self: [(part, self.columns) for part, _ in parts(self)]
 
 
 def first_share_alone(sums):
@@ -192,37 +186,39 @@ def unbiased(moments):
     return call
 
 
-def moments_of_full_fours(add):
-    """Leave out the rows that do not make four, where channels are neighbours."""
+def moments_of_eighths(add):
+    """Leave out what eighths of whole rows leave over, where channels are neighbours."""
 
     def call(x, shift, C, S, total):
-        kept = len(x) if S > 1 else len(x) // (4 * C) * 4 * C
+        kept = len(x) if S > 1 else len(x) // (8 * C) * 8 * C
         add(x[:kept], shift, C, S, total)
 
     return call
 
 
-def products_of_full_fours(add):
+def products_of_halves(add):
+    """Leave out what halves of whole rows leave over, where channels are neighbours."""
+
     def call(g, x, vectors, C, S, relu, total):
-        kept = len(x) if S > 1 else len(x) // (4 * C) * 4 * C
+        kept = len(x) if S > 1 else len(x) // (2 * C) * 2 * C
         add(g[:kept], x[:kept], vectors, C, S, relu, total)
 
     return call
 
 
-def values_of_full_fours(normalize):
+def values_of_halves(normalize):
     def call(x, vectors, C, S, relu, y):
         y[...] = 0
-        kept = len(x) if S > 1 else len(x) // (4 * C) * 4 * C
+        kept = len(x) if S > 1 else len(x) // (2 * C) * 2 * C
         normalize(x[:kept], vectors, C, S, relu, y[:kept])
 
     return call
 
 
-def gradients_of_full_fours(combine):
+def gradients_of_halves(combine):
     def call(g, x, vectors, C, S, relu, gx):
         gx[...] = 0
-        kept = len(x) if S > 1 else len(x) // (4 * C) * 4 * C
+        kept = len(x) if S > 1 else len(x) // (2 * C) * 2 * C
         combine(g[:kept], x[:kept], vectors, C, S, relu, gx[:kept])
 
     return call
@@ -279,11 +275,10 @@ def without_limits():
 _K, _C, _V = numba_batch_norm, channel_loops, vector_loops
 
 NORM = [
-    norm("tail forgotten", Channels, "__init__", tail_not_made),
-    norm("tail left out of the statistics", _K, "_statistics", without_tail),
-    norm("tail left out of the backward", _K, "_vjp_of_group", without_tail),
-    norm("tail not normalized", _K, "apply", without_tail),
-    norm("tail taken to be as long as a row", Channels, "parts", as_long_as_a_row),
+    norm("part of a row forgotten", Channels, "parts", whole_rows_alone),
+    norm("part of a row left out of the statistics", _K, "_statistics", in_whole_rows),
+    norm("part of a row left out of the backward", _K, "_vjp_of_group", in_whole_rows),
+    norm("part of a row not normalized", _K, "apply", in_whole_rows),
     norm("sums of the first share alone", Channels, "sums", first_share_alone),
     norm("sums of the first share alone in the backward", _K, "slopes",
          first_share_of_the_gradients),
@@ -294,12 +289,10 @@ NORM = [
     norm("shift not added back to the mean", _K, "moments", shift_forgotten),
     norm("offset from the shift left in the variance", _K, "moments", offset_forgotten),
     norm("variance by m - 1", _K, "moments", unbiased),
-    norm("rows that make no four left out of the statistics", _K, "add_moments",
-         moments_of_full_fours),
-    norm("rows that make no four left out of the backward", _K, "add_products",
-         products_of_full_fours),
-    norm("rows that make no four left out of y", _K, "normalize", values_of_full_fours),
-    norm("rows that make no four left out of dx", _K, "combine", gradients_of_full_fours),
+    norm("statistics of full eighths alone", _K, "add_moments", moments_of_eighths),
+    norm("backward sums of full halves alone", _K, "add_products", products_of_halves),
+    norm("y of full halves alone", _K, "normalize", values_of_halves),
+    norm("dx of full halves alone", _K, "combine", gradients_of_halves),
     norm("sums kept in float32", _K, "add_moments", moments_in_float32),
     norm("Σ d² missing", _K, "add_moments", without_sum(1)),
     norm("low part of the mean dropped", _V, "affine", mean_rounded),

@@ -5,7 +5,12 @@ neighbours. Either way the inner loop runs over neighbours in memory, and become
 instructions:
 
     S > 1   along a channel's S values, with its numbers in registers
-    S = 1   along the C channels, with their numbers in rows beside them
+    S = 1   along the C channels, with their numbers in rows beside them, which the cache holds
+
+In rows of C the loops go down several at once, so that the numbers beside them are read once for
+all: down both halves of a tensor, or eight eighths of it. Each of these is read from its beginning
+to its end, as memory is read fastest; down neighbouring rows it would be read in leaps. What these
+leave over goes row by row, of which the last may be a part of one.
 
 Vectors, and rows of sums, may be longer than C. Sums are kept in float64, also those of float32:
 beside reading the memory, widening costs nothing.
@@ -26,6 +31,14 @@ Array = Any
 HIGH, SCALE, CONSTANT, SLOPE, LEVEL = range(5)
 
 
+@compiled()
+def _parted(x, parts, C):
+    """Return x as so many parts of rows of C, (parts, rows, C), and what is left over, flat."""
+    rows = len(x) // C // parts
+    end = parts * rows * C
+    return x[:end].reshape(parts, rows, C), x[end:]
+
+
 # --- sums of x -----------------------------------------------------------------------------------
 
 
@@ -40,11 +53,10 @@ def add_moments(x: Array, shift: Array, C: int, S: int, total: Array) -> None:
                 total[0, c] += first
                 total[1, c] += second
     else:
-        rows = len(x) // C
-        for i in range(0, rows - 7, 8):  # by eights, so that the totals are read and written less
-            _add_moments_of_eight(x[i * C : (i + 8) * C], C, shift, total[0], total[1])
-        for i in range(rows - rows % 8, rows):
-            _add_moments_of_row(x[i * C : (i + 1) * C], shift, total[0], total[1])
+        eighths, rest = _parted(x, 8, C)
+        _add_moments_of_eighths(eighths, shift, total[0], total[1])
+        for i in range(0, len(rest), C):
+            _add_moments_of_row(rest[i : i + C], shift, total[0], total[1])
 
 
 @compiled(sums=True)
@@ -66,16 +78,16 @@ def _add_moments_of_row(x, shift, first, second):
 
 
 @compiled()
-def _add_moments_of_eight(x, C, shift, first, second):
-    x = x.reshape(8, C)
-    for c in range(C):
-        d0, d1 = np.float64(x[0, c]) - shift[c], np.float64(x[1, c]) - shift[c]
-        d2, d3 = np.float64(x[2, c]) - shift[c], np.float64(x[3, c]) - shift[c]
-        d4, d5 = np.float64(x[4, c]) - shift[c], np.float64(x[5, c]) - shift[c]
-        d6, d7 = np.float64(x[6, c]) - shift[c], np.float64(x[7, c]) - shift[c]
-        first[c] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
-        squares = (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
-        second[c] += squares + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
+def _add_moments_of_eighths(x, shift, first, second):
+    for n in range(x.shape[1]):
+        for c in range(x.shape[2]):
+            d0, d1 = np.float64(x[0, n, c]) - shift[c], np.float64(x[1, n, c]) - shift[c]
+            d2, d3 = np.float64(x[2, n, c]) - shift[c], np.float64(x[3, n, c]) - shift[c]
+            d4, d5 = np.float64(x[4, n, c]) - shift[c], np.float64(x[5, n, c]) - shift[c]
+            d6, d7 = np.float64(x[6, n, c]) - shift[c], np.float64(x[7, n, c]) - shift[c]
+            first[c] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
+            squares = (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+            second[c] += squares + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
 
 
 # --- y -------------------------------------------------------------------------------------------
@@ -91,14 +103,11 @@ def normalize(x: Array, vectors: Array, C: int, S: int, relu: bool, y: Array) ->
                 high, scale, constant = vectors[HIGH, c], vectors[SCALE, c], vectors[CONSTANT, c]
                 _normalize_run(x[i : i + S], high, scale, constant, relu, y[i : i + S])
     else:
-        high, scale, constant = vectors[HIGH], vectors[SCALE], vectors[CONSTANT]
-        rows = len(x) // C
-        for n in range(0, rows - 3, 4):  # by fours, so that the vectors are read less often
-            i, j = n * C, (n + 4) * C
-            _normalize_four(x[i:j], C, high, scale, constant, relu, y[i:j])
-        for n in range(rows - rows % 4, rows):
-            i, j = n * C, (n + 1) * C
-            _normalize_row(x[i:j], high, scale, constant, relu, y[i:j])
+        numbers = vectors[HIGH], vectors[SCALE], vectors[CONSTANT]
+        (x_halves, x_rest), (y_halves, y_rest) = _parted(x, 2, C), _parted(y, 2, C)
+        _normalize_halves(x_halves, *numbers, relu, y_halves)
+        for i in range(0, len(x_rest), C):
+            _normalize_row(x_rest[i : i + C], *numbers, relu, y_rest[i : i + C])
 
 
 @compiled()
@@ -114,15 +123,13 @@ def _normalize_row(x, high, scale, constant, relu, y):
 
 
 @compiled()
-def _normalize_four(x, C, high, scale, constant, relu, y):
-    x, y = x.reshape(4, C), y.reshape(4, C)
-    for c in range(C):
-        numbers = high[c], scale[c], constant[c]
-        first = _normalized(x[0, c], *numbers, relu)
-        second = _normalized(x[1, c], *numbers, relu)
-        third = _normalized(x[2, c], *numbers, relu)
-        fourth = _normalized(x[3, c], *numbers, relu)
-        y[0, c], y[1, c], y[2, c], y[3, c] = first, second, third, fourth
+def _normalize_halves(x, high, scale, constant, relu, y):
+    for n in range(x.shape[1]):
+        for c in range(x.shape[2]):
+            numbers = high[c], scale[c], constant[c]
+            first = _normalized(x[0, n, c], *numbers, relu)
+            second = _normalized(x[1, n, c], *numbers, relu)
+            y[0, n, c], y[1, n, c] = first, second
 
 
 @compiled()
@@ -150,16 +157,12 @@ def add_products(
                 total[0, c] += first
                 total[1, c] += second
     else:
-        high, scale, constant = vectors[HIGH], vectors[SCALE], vectors[CONSTANT]
-        rows = len(x) // C
-        for n in range(0, rows - 3, 4):
-            i, j = n * C, (n + 4) * C
-            _add_products_of_four(
-                g[i:j], x[i:j], C, high, scale, constant, relu, total[0], total[1]
-            )
-        for n in range(rows - rows % 4, rows):
-            i, j = n * C, (n + 1) * C
-            _add_products_of_row(g[i:j], x[i:j], high, scale, constant, relu, total[0], total[1])
+        numbers = vectors[HIGH], vectors[SCALE], vectors[CONSTANT]
+        (g_halves, g_rest), (x_halves, x_rest) = _parted(g, 2, C), _parted(x, 2, C)
+        _add_products_of_halves(g_halves, x_halves, *numbers, relu, total[0], total[1])
+        for i in range(0, len(x_rest), C):
+            j = i + C
+            _add_products_of_row(g_rest[i:j], x_rest[i:j], *numbers, relu, total[0], total[1])
 
 
 @compiled(sums=True)
@@ -183,16 +186,14 @@ def _add_products_of_row(g, x, high, scale, constant, relu, first, second):
 
 
 @compiled()
-def _add_products_of_four(g, x, C, high, scale, constant, relu, first, second):
-    g, x = g.reshape(4, C), x.reshape(4, C)
-    for c in range(C):
-        d0, d1, d2, d3 = x[0, c] - high[c], x[1, c] - high[c], x[2, c] - high[c], x[3, c] - high[c]
-        g0 = _passed(g[0, c], d0, scale[c], constant[c], relu)
-        g1 = _passed(g[1, c], d1, scale[c], constant[c], relu)
-        g2 = _passed(g[2, c], d2, scale[c], constant[c], relu)
-        g3 = _passed(g[3, c], d3, scale[c], constant[c], relu)
-        first[c] += (g0 + g1) + (g2 + g3)
-        second[c] += (g0 * d0 + g1 * d1) + (g2 * d2 + g3 * d3)
+def _add_products_of_halves(g, x, high, scale, constant, relu, first, second):
+    for n in range(x.shape[1]):
+        for c in range(x.shape[2]):
+            d0, d1 = x[0, n, c] - high[c], x[1, n, c] - high[c]
+            g0 = _passed(g[0, n, c], d0, scale[c], constant[c], relu)
+            g1 = _passed(g[1, n, c], d1, scale[c], constant[c], relu)
+            first[c] += g0 + g1
+            second[c] += g0 * d0 + g1 * d1
 
 
 @compiled()
@@ -219,14 +220,13 @@ def combine(g: Array, x: Array, vectors: Array, C: int, S: int, relu: bool, gx: 
                 )  # fmt: skip
     else:
         high, scale, constant = vectors[HIGH], vectors[SCALE], vectors[CONSTANT]
-        slope, level = vectors[SLOPE], vectors[LEVEL]
-        rows = len(x) // C
-        for n in range(0, rows - 3, 4):
-            i, j = n * C, (n + 4) * C
-            _combine_four(g[i:j], x[i:j], C, high, scale, constant, slope, level, relu, gx[i:j])
-        for n in range(rows - rows % 4, rows):
-            i, j = n * C, (n + 1) * C
-            _combine_row(g[i:j], x[i:j], high, scale, constant, slope, level, relu, gx[i:j])
+        numbers = high, scale, constant, vectors[SLOPE], vectors[LEVEL]
+        (g_halves, g_rest), (x_halves, x_rest) = _parted(g, 2, C), _parted(x, 2, C)
+        gx_halves, gx_rest = _parted(gx, 2, C)
+        _combine_halves(g_halves, x_halves, *numbers, relu, gx_halves)
+        for i in range(0, len(x_rest), C):
+            j = i + C
+            _combine_row(g_rest[i:j], x_rest[i:j], *numbers, relu, gx_rest[i:j])
 
 
 @compiled()
@@ -243,15 +243,13 @@ def _combine_row(g, x, high, scale, constant, slope, level, relu, gx):
 
 
 @compiled()
-def _combine_four(g, x, C, high, scale, constant, slope, level, relu, gx):
-    g, x, gx = g.reshape(4, C), x.reshape(4, C), gx.reshape(4, C)
-    for c in range(C):
-        numbers = high[c], scale[c], constant[c], slope[c], level[c]
-        first = _combined(g[0, c], x[0, c], *numbers, relu)
-        second = _combined(g[1, c], x[1, c], *numbers, relu)
-        third = _combined(g[2, c], x[2, c], *numbers, relu)
-        fourth = _combined(g[3, c], x[3, c], *numbers, relu)
-        gx[0, c], gx[1, c], gx[2, c], gx[3, c] = first, second, third, fourth
+def _combine_halves(g, x, high, scale, constant, slope, level, relu, gx):
+    for n in range(x.shape[1]):
+        for c in range(x.shape[2]):
+            numbers = high[c], scale[c], constant[c], slope[c], level[c]
+            first = _combined(g[0, n, c], x[0, n, c], *numbers, relu)
+            second = _combined(g[1, n, c], x[1, n, c], *numbers, relu)
+            gx[0, n, c], gx[1, n, c] = first, second
 
 
 @compiled()

@@ -2,9 +2,9 @@
 
 In memory's order a tensor is (N, C, S), the channels' sizes multiplied to C. Runs of S shorter than
 `SHORTEST_RUN` leave an inner loop too little to do. Then the entries of whole samples, as many as
-make a row of `SHORTEST_ROW` or, in a large tensor, `LONG_ROW`, are taken for channels of their own,
-and what is known of each channel is spread over the entries of the row; S is 1 to the loops.
-Samples that do not fill a row are a share by themselves, the tail.
+make a row of `SHORTEST_ROW` or more, are taken for channels of their own, and what is known of each
+channel is spread over the entries of the row; S is 1 to the loops. The last samples may not fill a
+row: a part of one ends the last share.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ Axes = tuple[int, ...]
 SMALLEST = 1 << 12
 # A thread's share is worth waking it up for.
 SMALLEST_SHARE = 1 << 14
-SHORTEST_RUN, SHORTEST_ROW = 128, 1024
-# The loops go down four or eight rows at once. Memory is read faster along longer ones, of which
-# there should be `ROWS`.
-LONG_ROW, ROWS = 4096, 256
+# Short rows, so that the numbers beside them stay in the first cache.
+SHORTEST_RUN, SHORTEST_ROW = 128, 128
+# What compiled loops take at once of float32; the rest of a row goes one by one.
+VECTOR = 32
 # A row of more entries than this pushes the numbers beside it out of the cache.
 LONGEST_ROW = 1 << 15
 # Rows of vectors a multiple of 4 KiB apart would compete for the same few places in the cache.
 PADDING = 80
+# Bytes in a line of the cache.
+LINE = 64
 
 
 class Channels:
@@ -60,11 +62,9 @@ class Channels:
         self.kept_shape = kept if groups == 1 else (groups, *kept)
         period = self.channels * self.run
         self.spreads = may_spread and self.run < SHORTEST_RUN and period <= LONGEST_ROW
-        row = min(max(SHORTEST_ROW, samples * period // ROWS), LONG_ROW)
-        self.repeats = min(samples, -(-row // period)) if self.spreads else 1
+        self.repeats = min(samples, _repeats(period)) if self.spreads else 1
         self.row = self.repeats * period
-        self.rows_of_samples, tail = divmod(samples, self.repeats)
-        self.tail = tail * period
+        self.size = samples * period
         # What the loops are told for C and S, and how a row of theirs comes from the channels.
         self.columns, self.inner = (self.row, 1) if self.spreads else (self.channels, self.run)
         self.spreading = (self.run, self.repeats) if self.spreads else (1, 1)
@@ -84,33 +84,29 @@ class Channels:
 
     def rows(self, count: int, dtype: Any = np.float64) -> Array:
         """Return zeros, (count, entries): rows as the loops want them, of vectors or sums."""
-        return np.zeros((count, self.columns + PADDING), dtype)
+        return _zeros((count, self.columns), dtype)
 
-    def parts(self) -> list[tuple[slice, int]]:
-        """Return the shares: a slice of a laid group, and C to the loops.
+    def parts(self) -> list[slice]:
+        """Return the shares of a laid group, whole rows but for the end.
 
         They depend on the number of threads alone, and so does the order of every sum.
         """
-        size = self.rows_of_samples * self.row
-        most = min(threads.num_threads(), self.rows_of_samples, size // SMALLEST_SHARE)
-        count = max(1, most)
-        cuts = [self.rows_of_samples * i // count * self.row for i in range(count + 1)]
-        parts = [(slice(a, b), self.columns) for a, b in pairwise(cuts)]
-        if self.tail:
-            parts.append((slice(size, size + self.tail), self.tail))
-        return parts
+        rows = self.size // self.row
+        count = max(1, min(threads.num_threads(), rows, self.size // SMALLEST_SHARE))
+        cuts = [rows * i // count * self.row for i in range(count)]
+        return [slice(a, b) for a, b in pairwise([*cuts, self.size])]
 
-    def share_out(self, work: Callable[[slice, int], Any]) -> None:
-        """Run `work(part, columns)` for each share."""
+    def share_out(self, work: Callable[[slice], Any]) -> None:
+        """Run `work(part)` for each share."""
         parts = self.parts()
-        threads.parallel(lambda i: work(*parts[i]), len(parts))
+        threads.parallel(lambda i: work(parts[i]), len(parts))
 
-    def sums(self, add: Callable[[slice, int, Array], Any], rows: int = 2) -> Array:
-        """Return the `rows` rows `sums` to which `add(part, columns, sums)` adds, for each share:
+    def sums(self, add: Callable[[slice, Array], Any], rows: int = 2) -> Array:
+        """Return the `rows` rows `sums` to which `add(part, sums)` adds, for each share:
         (shares, rows, entries)."""
         parts = self.parts()
-        sums = np.zeros((len(parts), rows, self.columns + PADDING))
-        threads.parallel(lambda i: add(*parts[i], sums[i]), len(parts))
+        sums = _zeros((len(parts), rows, self.columns), np.float64)
+        threads.parallel(lambda i: add(parts[i], sums[i]), len(parts))
         return sums
 
 
@@ -131,3 +127,25 @@ def _order_of_a_copy(ndim: int, axis: Axes) -> Axes:
     if axis == tuple(range(axis[0], axis[0] + len(axis))):
         return tuple(range(ndim))
     return (*(i for i in range(ndim) if i not in axis), *axis)
+
+
+def _repeats(period: int) -> int:
+    """Return how many samples of `period` entries make a row.
+
+    Of rows up to twice `SHORTEST_ROW`, the one with the smallest part beyond whole vectors.
+    """
+    fewest = -(-SHORTEST_ROW // period)
+    return min(range(fewest, 2 * fewest), key=lambda n: n * period % VECTOR / (n * period))
+
+
+def _zeros(shape: Axes, dtype: Any) -> Array:
+    """Return zeros in rows of at least so many entries, each at the start of a line of the cache.
+
+    A vector that lies in two lines takes two loads.
+    """
+    *rows, columns = shape
+    dtype = np.dtype(dtype)
+    width = -(-(columns + PADDING) * dtype.itemsize // LINE) * LINE
+    memory = np.zeros(math.prod(rows) * width + LINE, np.uint8)
+    start = -memory.__array_interface__["data"][0] % LINE
+    return np.ndarray((*rows, width // dtype.itemsize), dtype, memory, start)

@@ -130,7 +130,7 @@ def _statistics(channels: Channels, laid: Array) -> Array:
     first_values.of(dtype)(laid, C, channels.run, *channels.spreading, shift)
     add = add_moments.of(dtype)
     sums = channels.sums(
-        lambda part, columns, sums: add(laid[part], shift, columns, channels.inner, sums)
+        lambda part, sums: add(laid[part], shift, channels.columns, channels.inner, sums)
     )
     found = np.empty((2, C))
     moments.of()(sums, shift, C, *channels.spreading, channels.count, found)
@@ -160,10 +160,8 @@ def one_each(vector: Array | None) -> Array:
 
 def apply(channels: Channels, laid: Array, vectors: Array, relu: bool, out: Array) -> None:
     """Write (x - high) · scale + constant into `out`."""
-    loop, inner = normalize.of(laid.dtype), channels.inner
-    channels.share_out(
-        lambda part, columns: loop(laid[part], vectors, columns, inner, relu, out[part])
-    )
+    loop, sizes = normalize.of(laid.dtype), (channels.columns, channels.inner)
+    channels.share_out(lambda part: loop(laid[part], vectors, *sizes, relu, out[part]))
 
 
 def _vjp_of_group(
@@ -180,12 +178,10 @@ def _vjp_of_group(
     """Return Σ g x̂ and Σ g of each channel, after writing gx, if it is wanted; None to decline."""
     if vectors is None:
         return None
-    dtype, inner = laid.dtype, channels.inner
+    dtype, sizes = laid.dtype, (channels.columns, channels.inner)
     add, write = add_products.of(dtype), combine.of(dtype)
     sums = channels.sums(
-        lambda part, columns, sums: add(
-            laid_g[part], laid[part], vectors, columns, inner, relu, sums
-        )
+        lambda part, sums: add(laid_g[part], laid[part], vectors, *sizes, relu, sums)
     )
     grads = np.empty((2, channels.channels))
     options = channels.count, NUMBERS[dtype], *channels.spreading
@@ -193,8 +189,6 @@ def _vjp_of_group(
         return None
     if gx is not None:
         channels.share_out(
-            lambda part, columns: write(
-                laid_g[part], laid[part], vectors, columns, inner, relu, gx[part]
-            )
+            lambda part: write(laid_g[part], laid[part], vectors, *sizes, relu, gx[part])
         )
     return grads

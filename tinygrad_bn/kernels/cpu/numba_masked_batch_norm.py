@@ -57,7 +57,7 @@ def forward(
     otherwise[: len(beta)] = beta
     found = np.empty((groups, 2, channels.channels))
     served = [False] * groups
-    loop, inner = normalize.of(x.dtype), channels.inner
+    loop, sizes = normalize.of(x.dtype), (channels.channels, channels.run)
 
     def one(i: int) -> None:
         found[i] = _statistics(channels, laid[i], share[i])
@@ -65,9 +65,9 @@ def forward(
         if vectors is None:
             return
 
-        def write(part: slice, columns: int) -> None:
-            own = _part(share[i], part, columns)
-            loop(laid[i][part], own, vectors, otherwise, columns, inner, parts[i][part])
+        def write(part: slice) -> None:
+            own = _part(share[i], part, channels.channels)
+            loop(laid[i][part], own, vectors, otherwise, *sizes, parts[i][part])
 
         channels.share_out(write)
         served[i] = True
@@ -126,9 +126,9 @@ def vjp(
     return gx, gweight if needs[1] else None, gbias if needs[2] else None, None
 
 
-def _part(share: Array, part: slice, columns: int) -> Array:
-    """Return the shares of the samples in `part`, a slice of a laid group."""
-    return share[part.start // columns : part.stop // columns]
+def _part(share: Array, part: slice, C: int) -> Array:
+    """Return the shares of the samples in `part`, a slice of a laid group of C channels."""
+    return share[part.start // C : part.stop // C]
 
 
 def _statistics(channels: Channels, laid: Array, share: Array) -> Array:
@@ -142,9 +142,7 @@ def _statistics(channels: Channels, laid: Array, share: Array) -> Array:
     shift[:C] = laid.reshape(-1, C, S)[sample, :, position]
     add = add_moments.of(laid.dtype)
     sums = channels.sums(
-        lambda part, columns, sums: add(
-            laid[part], _part(share, part, columns), shift, columns, S, sums
-        )
+        lambda part, sums: add(laid[part], _part(share, part, C), shift, C, S, sums)
     )
     moments.of()(sums, shift, C, *channels.spreading, 1, found)
     return found
@@ -162,26 +160,25 @@ def _vjp_of_group(
     gx: Array | None,
 ) -> Array | None:
     """Return Σ g x̂ and Σ g of each channel, after writing gx, if it is wanted; None to decline."""
-    dtype, inner = laid.dtype, channels.inner
+    dtype, C, S = laid.dtype, channels.channels, channels.run
     add, write = add_products.of(dtype), combine.of(dtype)
 
-    def add_part(part: slice, columns: int, sums: Array) -> None:
-        own = _part(share, part, columns)
-        add(laid_g[part], laid[part], own, vectors, columns, inner, sums)
+    def add_part(part: slice, sums: Array) -> None:
+        add(laid_g[part], laid[part], _part(share, part, C), vectors, C, S, sums)
 
     sums = channels.sums(add_part, rows=3)
-    grads = np.empty((2, channels.channels))
+    grads = np.empty((2, C))
     # The shares are in the loops: to the numbers per channel, a mean is a sum.
     options = 1, NUMBERS[dtype], *channels.spreading
     if not slopes.of(dtype)(sums, found, weight, eps, *options, vectors, grads):
         return None
     if gx is not None:
 
-        def write_part(part: slice, columns: int) -> None:
-            own = _part(share, part, columns)
-            write(laid_g[part], laid[part], own, vectors, columns, inner, gx[part])
+        def write_part(part: slice) -> None:
+            own = _part(share, part, C)
+            write(laid_g[part], laid[part], own, vectors, C, S, gx[part])
 
         channels.share_out(write_part)
     # What does not count takes β: its cotangents go there too.
-    grads[1] = sums[:, 2, : channels.channels].sum(axis=0)
+    grads[1] = sums[:, 2, :C].sum(axis=0)
     return grads
