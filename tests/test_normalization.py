@@ -29,6 +29,19 @@ def test_running_statistics_follow_the_formula(momentum, correction, seed):
     np.testing.assert_allclose(var, expected_var, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_a_momentum_of_one_takes_the_batchs_statistics_and_of_zero_keeps_the_old(dtype, size):
+    x = draw((50, 3)) * size
+    for momentum, mean, var in ((1, x.mean(0), x.var(0)), (0, np.full(3, 0.1), np.full(3, 0.7))):
+        running = np.full(3, 0.1, dtype), np.full(3, 0.7, dtype)
+        F.batch_norm(x, *running, training=True, momentum=momentum, correction=0)
+        # The sums of the two differ by some roundings of float64, and their means cancel.
+        rounding = 4 * np.finfo(dtype).eps
+        np.testing.assert_allclose(running[0], mean.astype(dtype), rounding, rounding * size)
+        np.testing.assert_allclose(running[1], var.astype(dtype), rounding)
+
+
 def test_running_statistics_may_be_tensors_and_the_write_is_seen_by_pending_backwards():
     x = tg.Tensor(draw((5, 3)), requires_grad=True)
     mean, var = tg.zeros(3), tg.ones(3)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tinygrad_bn.backend import kernels, largest, placed
+from tinygrad_bn.backend import accumulation_dtype, kernels, largest, placed
 from tinygrad_bn.normalization_checks import (
     Axis,
     check_state,
@@ -310,10 +310,10 @@ def update_running(running: Any, value: Any, momentum: Any, counted: Any = True)
     data = raw(running)
     if counted is not True:
         momentum = where(counted, momentum, 0.0)
-    # Written as a whole, not added to: the sum is formed in the wide dtype of `value`.
-    moved = value.reshape(data.shape) - data
-    moved *= momentum
-    moved += data
+    # In the wide dtype, and not as running + momentum · (value - running): from 1, a variance of
+    # 1e-20 would come out as 0, also where momentum is 1.
+    before = data.astype(accumulation_dtype(data.dtype))
+    moved = (1 - momentum) * before + momentum * value.reshape(data.shape)
     most = largest(data.dtype)
     data[...] = moved.clip(-most, most)
     if isinstance(running, TensorBase):

@@ -83,7 +83,11 @@ FAULTS = {
     "a sum for a mean": ("mean_sum / (double)groups", "mean_sum"),
     "the biased variance": ("* factor", ""),
     "no limit": ("if (moved > most)", "if (false)"),
-    "the old value thrown away": ("* momentum + old", "* momentum"),
+    "the old value thrown away": ("(1 - momentum) * old + ", ""),
+    "a step from the old value": (
+        "(1 - momentum) * old + momentum * value",
+        "old + momentum * (value - old)",
+    ),
     "the last block left out": ("c >= channels", "c >= channels - 1"),
 }
 
@@ -98,9 +102,12 @@ def test_a_fault_is_found_out(name, monkeypatch):
     mean, var = rng.random((2, 3, 1, 5))
     mean[..., 3] = 1e300
     running = rng.random((2, 5)).astype("float32")
-    call = BatchStatistics(mean, var, 4, 3), running, 0.1, 1.0
+    var[..., 4] = 1e-20  # of which a step from the old value to the new one leaves nothing
     with launch.use_runtime(shim.ShimRuntime()):
-        pairs = list(zip(moved("cuda", *call), moved("generic", *call), strict=True))
+        pairs = []
+        for momentum in (0.1, 1.0):
+            call = BatchStatistics(mean, var, 4, 3), running, momentum, 1.0
+            pairs += zip(moved("cuda", *call), moved("generic", *call), strict=True)
     agree = all(np.allclose(a, b, rtol=1e-6, atol=0) for a, b in pairs)
     assert agree == (name is None)
 

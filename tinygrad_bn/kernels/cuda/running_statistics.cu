@@ -7,11 +7,11 @@
 
 #include "common.cuh"
 
-// r ← r + momentum (value - r), within the dtype of r: its largest number instead of infinity.
+// r ← (1 - momentum) r + momentum value, within the dtype of r: its largest number, not infinity.
 __device__ void move(void* running, long long kind, double most, long long at, double value,
                      double momentum) {
   double old = parameter(running, kind, at);
-  double moved = (value - old) * momentum + old;
+  double moved = (1 - momentum) * old + momentum * value;
   if (moved > most) moved = most;  // NaN passes
   if (moved < -most) moved = -most;
   set_parameter(running, kind, at, moved);

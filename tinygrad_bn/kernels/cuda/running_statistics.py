@@ -1,4 +1,4 @@
-"""Running statistics on a GPU, moved by one launch where array operations take eleven.
+"""Running statistics on a GPU, moved by one launch where array operations take thirteen.
 
 Batch norm's functional face asks for this by family, as ops ask for their kernels.
 """
