@@ -176,6 +176,17 @@ def evaluating_the_model(model):
     return folded
 
 
+def overlooking_hooks_of(*kinds):
+    """Fold as if modules of these classes had no forward hooks."""
+
+    def fold(model):
+        seen = property(lambda module: bool(module._hooks) and not isinstance(module, kinds))
+        with replaced((nn.Module, "has_hooks", seen)):
+            return nn.fold_batch_norm(model)
+
+    return fold
+
+
 _FOLD_STEPS = folding._fold_steps
 
 MODELS = [
@@ -191,6 +202,12 @@ MODELS = [
         nn.fold_batch_norm(model).train())),
     function("model put in evaluation mode", evaluating_the_model),
     function("model's statistics reset", resetting),
+    function("hooks of the batch norm lost", overlooking_hooks_of(nn.BatchNorm)),
+    function("hooks of the layer called with other values", overlooking_hooks_of(
+        nn.Linear, nn.Conv2d)),
+    function("hooks between layer and batch norm overlooked", overlooking_hooks_of(
+        nn.Identity, nn.Dropout)),
+    function("hooks of a nested Sequential overlooked", overlooking_hooks_of(nn.Sequential)),
 ]  # fmt: skip
 
 FOLDING = [*FORMULAS, *MODELS]

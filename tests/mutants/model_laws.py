@@ -129,8 +129,29 @@ def model_is_not_touched(fold: Any, drawn: Any) -> None:
     _require_same_state(model, before, "writing into the folded model")
 
 
+def hooks_are_heeded(fold: Any, drawn: Any) -> None:
+    """With a hook on any module, folding gives what the model gives or refuses to."""
+    x = drawn.batches[0]
+    for name, _ in drawn.model.named_modules():
+        model = copy.deepcopy(drawn.model)
+        dict(model.named_modules())[name].register_forward_hook(lambda module, args, out: 1 - out)
+        try:
+            folded = fold(copy.deepcopy(model))
+        except ValueError:
+            continue
+        right = model.eval()
+        y, got = _run(right, x), _run(folded, x)
+        scale = 1 + max(np.abs(part).max() for part in (y, *_outputs(right, x)))
+        assert_law(got, y, scale=scale, roundings=_FOLDING, law=f"the same, with a hook on {name}")
+
+
 #: Of a function that takes a model and returns it folded.
-FOLDING_LAWS = (folded_equals_evaluation, no_batch_norm_is_left, model_is_not_touched)
+FOLDING_LAWS = (
+    folded_equals_evaluation,
+    no_batch_norm_is_left,
+    model_is_not_touched,
+    hooks_are_heeded,
+)
 
 
 # --- population statistics -----------------------------------------------------------------------

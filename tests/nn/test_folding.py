@@ -183,6 +183,19 @@ def holding_twice(name):
     return model
 
 
+def hooked(model, name):
+    """Return the model with a hook that changes what one of its layers returns."""
+    model[name].register_forward_hook(lambda module, args, out: out * 2)
+    return model
+
+
+def forward_set_on(model, name):
+    """Return the model in which one layer has a forward that its class does not have."""
+    own = model[name].forward
+    model[name].forward = lambda x: own(x) * 2
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -199,6 +212,18 @@ def holding_twice(name):
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(None)), "does not know its channel"),
         (lambda: nn.Sequential(nn.Linear(4, 4), Own(4)), "1: it is a Own, whose forward is its"),
         (lambda: nn.Sequential(OwnLinear(4, 4), nn.BatchNorm1d(4)), "0, a OwnLinear, not"),
+        (lambda: hooked(block(), 1), "1: it has a forward hook, which would no longer be called"),
+        (lambda: hooked(block(), 0), "1: before it comes 0, a Linear with a forward hook"),
+        (
+            lambda: hooked(nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.BatchNorm1d(4)), 1),
+            "2: before it comes 1, a Identity with a forward hook",
+        ),
+        (
+            lambda: hooked(nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.BatchNorm1d(4)), 0),
+            "1: before it comes 0, a Sequential with a forward hook",
+        ),
+        (lambda: forward_set_on(block(), 0), "0, a Linear, not"),
+        (lambda: forward_set_on(block(), 1), "1: it is a BatchNorm1d, whose forward is its own"),
         (lambda: Backwards(nn.Linear(4, 4), nn.BatchNorm1d(4)), "1: it is not inside a Sequential"),
         (lambda: nn.ModuleList(block()), "0.1|it is not inside a Sequential"),
         (lambda: holding_twice(0), r"0\.1: the layer before it, 0\.0, is used in several places"),
@@ -224,6 +249,16 @@ def holding_twice(name):
 def test_what_cannot_be_folded_is_refused_with_the_reason(make, words):
     with pytest.raises(ValueError, match=words):
         nn.fold_batch_norm(make())
+
+
+def test_hooks_go_on_seeing_what_they_saw():
+    x = np.random.default_rng(0).standard_normal((6, 4))
+    inside = nn.Sequential(hooked(nn.Sequential(block(), nn.ReLU()), 0), nn.BatchNorm1d(4))
+    folded = assert_folds(trained(inside), x, left=("1",))  # what is within has none of its own
+    assert names(folded) == ["", "0", "0.0", "0.0.0", "0.1", "1"]
+    around = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Tanh()))
+    assert_folds(trained(hooked(around, 1)), x, left=("1.0",))
+    assert_folds(trained(hooked(nn.Sequential(block(), nn.Tanh()), 1)), x)
 
 
 def test_all_reasons_are_given_at_once_and_may_be_passed_over():

@@ -50,7 +50,8 @@ def fold_batch_norm(model: M, *, strict: bool = True) -> M:
     Raises ValueError that names every BatchNorm that cannot be folded, and why: there is no such
     layer directly before it, it keeps no running statistics or does not know its channels yet, its
     channels are not those of the layer's output, or it or the layer is used in several places or
-    outside a Sequential.
+    outside a Sequential, or has a forward hook. That is read off how modules are nested: whoever
+    calls a part of a Sequential by itself (`self.layers[0](x)`) must not fold it.
 
     >>> import tinygrad_bn as tg
     >>> from tinygrad_bn import nn
@@ -86,16 +87,20 @@ def fold_batch_norm(model: M, *, strict: bool = True) -> M:
 
 
 def _is(module: Module, *kinds: type[Module]) -> bool:
-    """Return whether `module` computes what one of `kinds` does: a subclass may redefine that."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+    """Return whether `module` computes what one of `kinds` does: a subclass may redefine that, and
+    so may a `forward` that is set on the module."""
+    return "forward" not in vars(module) and any(
+        isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds
+    )
 
 
 def _steps(path: str, sequential: Module, used: Counter[int], handled: set[int]) -> Iterator[_Step]:
-    """Yield what `sequential` calls, in order; a nested one opened up unless it is shared."""
+    """Yield what `sequential` calls, in order; a nested one opened up unless it is shared or has a
+    hook, which sees what it returns."""
     handled.add(id(sequential))
     for name, child in sequential.named_children():
         inner = f"{path}.{name}" if path else name
-        if _is(child, Sequential) and used[id(child)] == 1:
+        if _is(child, Sequential) and used[id(child)] == 1 and not child.has_hooks:
             yield from _steps(inner, child, used, handled)
         else:
             yield _Step(inner, sequential, name, child)
@@ -114,7 +119,7 @@ def _fold_steps(steps: list[_Step], used: Counter[int], problems: dict[str, str]
                 delattr(step.parent, step.name)
                 continue
             problems[step.path] = str(why)
-        if not _is(step.module, Identity, Dropout):
+        if not _is(step.module, Identity, Dropout) or step.module.has_hooks:
             before = step
 
 
@@ -124,6 +129,8 @@ def _obstacle(before: _Step | None, bn: BatchNorm, used: Counter[int]) -> str | 
         return f"it is a {type(bn).__name__}, whose forward is its own"
     if used[id(bn)] > 1:
         return "it is used in several places"
+    if bn.has_hooks:
+        return "it has a forward hook, which would no longer be called"
     if bn.running_mean is None:
         return "it keeps no running statistics (track_running_stats=False)"
     if bn.num_features is None:
@@ -131,6 +138,8 @@ def _obstacle(before: _Step | None, bn: BatchNorm, used: Counter[int]) -> str | 
     if before is None:
         return "nothing comes before it in its Sequential"
     layer: Any = before.module
+    if layer.has_hooks:
+        return f"before it comes {before.path}, a {type(layer).__name__} with a forward hook"
     if not _is(layer, Conv2d, Linear):
         return f"before it comes {before.path}, a {type(layer).__name__}, not a Conv2d or Linear"
     if used[id(layer)] > 1:
