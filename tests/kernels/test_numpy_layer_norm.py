@@ -152,6 +152,45 @@ def test_a_long_row_is_summed_in_pieces(monkeypatch):
     assert abs(mean[1, 0] - math.fsum(x[1].tolist()) / x.shape[1]) < 1e-6
 
 
+@pytest.mark.parametrize("width", [2, 7, 300])
+def test_sums_over_many_short_rows_keep_their_digits(monkeypatch, width):
+    monkeypatch.undo()
+    rows = 2_000_000 // width
+    x = np.random.default_rng(0).random((rows, width), dtype=np.float32)
+    g = np.full_like(x, 1 / 3)  # of one sign: roundings of a running sum have one, too
+    saved = numpy_layer_norm.forward(x, axis=(0,), channels=(1,), eps=1e-5).residuals
+    weight, needs = np.ones(width, np.float32), (False, True, True)
+    sums = numpy_layer_norm.vjp(
+        g, x, weight, saved["mean"], saved["var"], (0,), (1,), 1e-5, needs
+    )  # fmt: skip
+    # 1e-6: the bound is 1e-5 of Σ|g|, and a sum of 2^17 terms in float32 was off by 2e-4.
+    np.testing.assert_allclose(sums[2], rows * np.float64(g[0, 0]), rtol=1e-6)
+    x_hat = (x - saved["mean"]) / np.sqrt(saved["var"] + 1e-5)
+    scale = (g * np.abs(x_hat)).sum(axis=0)
+    np.testing.assert_array_less(np.abs(sums[1] - (g * x_hat).sum(axis=0)), 1e-6 * scale)
+
+
+@pytest.mark.parametrize(
+    ("size_of_gamma", "size_of_g", "spread", "eps"),
+    [(1e30, 1e10, 1e11, 1e-5), (1e30, 1e8, 1.0, 1e-5), (1e-25, 1e-18, 1e-11, 1e-24)],
+)
+def test_products_of_gamma_and_g_that_leave_float32_are_declined(
+    size_of_gamma, size_of_g, spread, eps
+):
+    x, weight, bias, g, axis, channels = draw("layer", np.float32, 0.0, spread)
+    weight, g = weight * np.float32(size_of_gamma), g * np.float32(size_of_g)
+    needs = (True, False, False)
+    for kernel, statistics, op in (
+        (numpy_layer_norm, ("mean", "var"), layer_norm),
+        (numpy_rms_norm, ("square",), rms_norm),
+    ):
+        vectors = (weight, bias)[: len(statistics)]
+        saved = kernel.forward(x, *vectors, axis=axis, channels=channels, eps=eps).residuals
+        rest = (weight, *(saved[name] for name in statistics), axis, channels, eps)
+        found = kernel.vjp(g, x, *rest, needs[: 1 + len(vectors)])
+        assert found is NotImplemented, op.name
+
+
 def test_what_float32_cannot_hold_and_what_does_not_lie_in_rows_is_declined():
     x, _, _, _, axis, channels = draw("layer", np.float32, 0.0)
 

@@ -20,6 +20,8 @@ from tinygrad_bn.kernels.cpu.rows import Array, Axes, Block, along, dots, rows_o
 
 # A variance below this may come of squares that float32 rounded to subnormals, or to 0.
 SMALLEST_SQUARE = 1e-30
+# What is nearer to the ends of float32 may have lost what it is made of: products of γ and g.
+SMALLEST_GAMMA, LARGEST_MEAN = 1e-8, 1e30
 # Where the variance is so much less than ε, x̂ is so small that products with it may be lost.
 SMALLEST_SHARE = 1e-16
 
@@ -172,6 +174,8 @@ def pull_back_rows(
     source, cotangent = rows.matrix(x), rows.matrix(g)
     target = None if gx is None else rows.matrix(gx)
     gamma = rows.spread(weight)
+    if gamma is not None and not _spans(gamma):
+        return None
     scale = (1 / np.sqrt(square + eps)).astype(rows.dtype)[:, None]
     means = None if mean is None else mean.reshape(-1, 1)
 
@@ -197,7 +201,10 @@ def pull_back_rows(
                 narrow(work, out)
         return total
 
-    sums = np.sum(rows.share_out(work), axis=0)
+    try:
+        sums = np.sum(rows.share_out(work), axis=0)
+    except OutOfRangeError:
+        return None
     if not np.isfinite(sums).all():
         return None
     sums = [rows.fold(total).reshape([x.shape[a] for a in channels]) for total in sums]
@@ -217,13 +224,25 @@ def _x_hat(x: Array, mean: Array | None, scale: Array) -> Array:
 
 
 def _project(h: Array, x_hat: Array, centred: bool, out: Array) -> None:
-    """Write h - x̂ mean(h x̂), and without its mean if `centred`, into `out`; x̂ is overwritten."""
-    slope = (dots(h, x_hat) / h.shape[1]).astype(h.dtype)[:, None]
-    level = (dots(h) / h.shape[1]).astype(h.dtype)[:, None] if centred else None
-    np.multiply(x_hat, slope, out=x_hat)
+    """Write h - x̂ mean(h x̂), and without its mean if `centred`, into `out`; x̂ is overwritten.
+
+    Raises where an h has become infinite, which none of its means can hide, or is nearly so.
+    """
+    means = [dots(h, x_hat), dots(h)] if centred else [dots(h, x_hat)]
+    slope, *level = (mean[:, None] / h.shape[1] for mean in means)
+    if not all((np.abs(mean) <= LARGEST_MEAN).all() for mean in (slope, *level)):
+        raise OutOfRangeError
+    np.multiply(x_hat, slope.astype(h.dtype), out=x_hat)
     np.subtract(h, x_hat, out=out)
-    if level is not None:
-        np.subtract(out, level, out=out)
+    if centred:
+        np.subtract(out, level[0].astype(h.dtype), out=out)
+
+
+def _spans(gamma: Array) -> bool:
+    """Return whether γ g is a number of float32 with all its digits for any g but the tiniest: at
+    each place γ is 0 throughout, or is somewhere large enough."""
+    largest = np.abs(gamma).max(axis=1)
+    return bool(((largest == 0) | (largest >= SMALLEST_GAMMA)).all())
 
 
 def _scaled(g: Array, gamma: Array | None, block: Block, out: Array) -> Array:

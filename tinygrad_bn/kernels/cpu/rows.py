@@ -27,6 +27,8 @@ BLOCK = 1 << 18
 SMALLEST = 4096
 # Terms that are added up in float32 before float64 takes over.
 PIECE = 4096
+# Samples shorter than this are taken several at a time where they are added up.
+WIDE = 1024
 
 
 class Block(NamedTuple):
@@ -96,11 +98,21 @@ class Rows:
         return split.sum(axis=(1, 3)).ravel()
 
     def add_columns(self, total: Array, rows: Array, block: Block) -> None:
-        """Add the rows of a block to `total`, a (G, D) matrix in float64, place by place."""
-        samples = rows.reshape(-1, (block.last - block.first) * self.length)
-        sums = samples[0] if len(samples) == 1 else np.ones(len(samples), rows.dtype) @ samples
+        """Add the rows of a block to `total`, a (G, D) matrix in float64, place by place.
+
+        Samples of a few entries are many, too many to be added up one by one in float32: some lie
+        side by side in a row that is added up, and float64 adds these.
+        """
+        width = (block.last - block.first) * self.length
+        samples = rows.reshape(-1, width)
+        beside = max(1, min(len(samples), WIDE // width))
+        whole = len(samples) // beside * beside
+        long = samples[:whole].reshape(-1, beside * width)
+        sums = long[0] if len(long) == 1 else np.ones(len(long), rows.dtype) @ long
         target = total[block.first : block.last]
-        target += sums.reshape(target.shape)
+        target += sums.reshape(beside, *target.shape).sum(axis=0, dtype=np.float64)
+        if whole < len(samples):
+            target += samples[whole:].sum(axis=0, dtype=np.float64).reshape(target.shape)
 
 
 def rows_of(x: Array, axis: Axes, channels: Axes) -> Rows | None:
