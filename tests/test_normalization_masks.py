@@ -248,6 +248,12 @@ def test_batch_norm_relu_is_the_composition_and_passes_gradients_to_the_residual
         assert (a.numpy() == b.numpy()).all()
     with pytest.raises(ValueError, match="residual has shape"):
         F.batch_norm_relu(inputs[0], training=True, residual=inputs[1][0])
+    with pytest.raises(TypeError, match="residual is a float, expected an array or a Tensor"):
+        F.batch_norm_relu(x, training=True, residual=1.0)
+    with pytest.raises(TypeError, match="x is a list"):
+        F.batch_norm_relu([[1.0]], training=True, residual=residual)
+    wide = F.batch_norm_relu(x.astype("float32"), training=True, residual=residual)
+    assert wide.dtype == np.float64
 
 
 def test_two_values_are_enough():

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tinygrad_bn.backend import accumulation_dtype, kernels, largest, placed
 from tinygrad_bn.normalization_checks import (
     Axis,
+    check_floating,
     check_state,
     check_vectors,
     checked_numbers,
@@ -278,21 +279,29 @@ def batch_norm_relu(
 ) -> Any:
     """Return max(batch_norm(x) + residual, 0).
 
-    residual: of x's shape, or None for 0. The other arguments, the dtype of the result and the
-        errors are those of `batch_norm`; a kernel may serve it in the passes of batch norm alone.
+    residual: an array or a Tensor of x's shape, or None for 0. Its dtype takes part in that of the
+        result, as in any sum. The other arguments and the errors are those of `batch_norm`; a
+        kernel may serve it in the passes of batch norm alone.
 
-    Raises ValueError for a residual of another shape.
+    Raises ValueError for a residual of another shape, TypeError for one that is no array.
 
     >>> import numpy as np
     >>> batch_norm_relu(np.array([[-1.0], [1.0]]), training=True, eps=0.0)
     array([[0.],
            [1.]])
     """
-    if residual is not None and tuple(residual.shape) != tuple(x.shape):
-        raise ValueError(
-            f"batch_norm_relu: residual has shape {tuple(residual.shape)}, expected x's, "
-            f"{tuple(x.shape)}"
-        )
+    if residual is not None:
+        check_floating("batch_norm_relu", x)
+        if not hasattr(residual, "shape"):
+            raise TypeError(
+                f"batch_norm_relu: residual is a {type(residual).__name__}, expected an array or a "
+                f"Tensor of x's shape, {tuple(x.shape)}"
+            )
+        if tuple(residual.shape) != tuple(x.shape):
+            raise ValueError(
+                f"batch_norm_relu: residual has shape {tuple(residual.shape)}, expected x's, "
+                f"{tuple(x.shape)}"
+            )
     return _batch_norm(
         "batch_norm_relu", x, running_mean, running_var, weight, bias, training, momentum, eps,
         axis, mask, groups, correction, Finish(True, residual),
@@ -303,9 +312,6 @@ def update_running(running: Any, value: Any, momentum: Any, counted: Any = True)
     """Write (1 - momentum) · running + momentum · value into `running` (array or Tensor).
 
     counted: whether there is a value at all; an array of one boolean where only a device knows.
-
-    What is beyond the dtype of `running` becomes its largest number: from infinity, no later batch
-    would bring it back.
     """
     data = raw(running)
     if counted is not True:
@@ -314,8 +320,15 @@ def update_running(running: Any, value: Any, momentum: Any, counted: Any = True)
     # 1e-20 would come out as 0, also where momentum is 1.
     before = data.astype(accumulation_dtype(data.dtype))
     moved = (1 - momentum) * before + momentum * value.reshape(data.shape)
+    write_within_range(running, moved)
+
+
+def write_within_range(running: Any, value: Any) -> None:
+    """Write `value`, raw, into `running` (array or Tensor); what is beyond the dtype of `running`
+    becomes its largest number: from infinity, no later batch would bring it back."""
+    data = raw(running)
     most = largest(data.dtype)
-    data[...] = moved.clip(-most, most)
+    data[...] = value.reshape(data.shape).clip(-most, most)
     if isinstance(running, TensorBase):
         running.note_write()
 

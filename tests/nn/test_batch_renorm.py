@@ -76,6 +76,16 @@ def test_an_empty_batch_and_a_frozen_layer_move_nothing():
     assert bn.num_batches_tracked.item() == 0 and bn.running_mean.tolist() == [0, 0, 0]
 
 
+def test_a_forward_that_moved_nothing_is_not_the_one_that_is_recomputed():
+    x = np.random.default_rng(0).normal(3, 2, (3, 8, 3))
+    bn = nn.BatchRenorm(3, warmup=None)
+    bn(x[0])
+    y = bn(x[1]).numpy()
+    nn.update_batch_norm(bn, x)
+    with bn.recomputing():
+        np.testing.assert_array_equal(bn(x[1]).numpy(), y)
+
+
 def test_momentum_may_be_none_or_of_another_convention():
     kept = []
     for options in ({"momentum": None}, {"momentum": 0.0, "convention": "keras", "axis": 1}):

@@ -108,6 +108,13 @@ def test_what_is_left_of_the_start_value_is_the_error_of_a_conversion():
     np.testing.assert_allclose(error, (1 - w) ** k / m, rtol=1e-10)
 
 
+def test_a_converted_variance_beyond_its_dtype_is_the_largest_there_is():
+    bn = nn.BatchNorm1d(2, convention="keras")
+    bn.running_var[...] = np.array([3e38, 1.0], np.float32)
+    bn.num_batches_tracked[...] = 5
+    assert bn.convert("torch", count=2).running_var.tolist() == [np.finfo(np.float32).max, 2.0]
+
+
 def test_a_conversion_that_needs_the_count_asks_for_it_and_changes_nothing():
     bn = nn.BatchNorm1d(3)
     bn(batches(1)[0])

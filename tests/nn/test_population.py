@@ -167,6 +167,28 @@ def test_an_error_on_the_way_changes_nothing():
     assert values(model[0])[2] == 1
 
 
+def test_after_an_error_a_lazy_layer_is_lazy_again():
+    model = nn.Sequential(nn.InstanceNorm1d(None, affine=True), nn.BatchNorm1d(None))
+    weights = [layer.weight for layer in model if layer.weight is not None]
+    for batches in ([np.ones((2, 3, 4)), np.ones((2, 5, 4))], [np.ones((0, 3, 4))]):
+        with pytest.raises(ValueError):
+            nn.update_batch_norm(model, batches)
+        assert [layer.num_features for layer in model] == [None, None]
+        assert [w.shape for w in weights] == [(0,), (0,)]
+    nn.update_batch_norm(model, [np.random.default_rng(0).normal(size=(2, 5, 4))])
+    assert model[1].running_mean.shape == weights[1].shape == (5,)
+
+
+def test_a_variance_beyond_its_dtype_is_the_largest_there_is():
+    bn = nn.BatchNorm1d(2)
+    x = np.random.default_rng(0).normal(size=(2, 8, 2)) * np.array([1e30, 1.0])
+    nn.update_batch_norm(bn, x)
+    mean, var, _ = values(bn)
+    assert var[0] == np.finfo(np.float32).max
+    np.testing.assert_allclose(mean, x.mean(axis=(0, 1)), rtol=1e-6)
+    np.testing.assert_allclose(var[1], x[..., 1].var(ddof=1), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("model", "batches", "words"),
     [

@@ -6,6 +6,7 @@ import operator
 from typing import Any, TypeVar
 
 from tinygrad_bn import functional as F
+from tinygrad_bn.backend import float64, placed
 from tinygrad_bn.nn.conventions import (
     BY_CONVENTION,
     Default,
@@ -18,6 +19,7 @@ from tinygrad_bn.normalization import (
     Finish,
     batch_norm_and_statistics,
     plain,
+    write_within_range,
 )
 
 Self = TypeVar("Self", bound="BatchNorm")
@@ -262,7 +264,9 @@ class BatchNorm(PerChannel):
                     f"correction={self.correction} to keep running_var as it is"
                 )
             var: Any = self.running_var
-            var[...] = convert_running_var(var, count, self.correction, after)
+            with placed(f"{self._name}.convert", (var.data,)):
+                wide = var.data.astype(float64)
+                write_within_range(var, convert_running_var(wide, count, self.correction, after))
         if self.momentum is not None and source.weights_new != target.weights_new:
             # 1 - 0.99 is 0.010000000000000009: rounded, or each change would add such digits.
             self.momentum = round(1 - self.momentum, 15)

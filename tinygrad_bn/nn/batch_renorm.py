@@ -115,7 +115,7 @@ class BatchRenorm(BatchNorm):
         met = mean.data, var.data, self._limits()
         if self._sink is ignore:
             met = self._met or met
-        elif x.size:
+        elif x.size and self._sink is None:
             self._met = met[0].copy(), met[1].copy(), met[2]
         r_max, d_max = met[2]
         out, found = batch_renorm_and_statistics(

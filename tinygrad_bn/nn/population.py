@@ -9,8 +9,8 @@ from tinygrad_bn.backend import placed
 from tinygrad_bn.grad_mode import no_grad
 from tinygrad_bn.nn.batch_norm import BatchNorm
 from tinygrad_bn.nn.module import Module
-from tinygrad_bn.nn.per_channel import recomputing
-from tinygrad_bn.normalization import BatchStatistics
+from tinygrad_bn.nn.per_channel import PerChannel, recomputing
+from tinygrad_bn.normalization import BatchStatistics, write_within_range
 from tinygrad_bn.ops.elementwise import where
 
 
@@ -78,7 +78,8 @@ def update_batch_norm(model: Module, batches: Iterable[Any]) -> None:
     passes on what it passes on in training, normalized by the batch (dropout drops). Mean and
     variance are those of all values that came by, as if of one array: batches are merged, by Chan's
     formula in float64, so that they may have different sizes, and the variance contains how
-    their means differ; averaged variances would lack that. It gets the layer's `correction`.
+    their means differ; averaged variances would lack that. It gets the layer's `correction`, and
+    beyond its dtype it is the largest number of it.
 
     `momentum` plays no part and stays. The counter becomes the number of batches, so that training
     can go on from here, cumulative averages included. Frozen layers keep their statistics, as do
@@ -106,6 +107,7 @@ def update_batch_norm(model: Module, batches: Iterable[Any]) -> None:
             "frozen; nothing could be updated"
         )
     populations = [Population() for _ in layers]
+    unsized = [m for m in model.modules() if isinstance(m, PerChannel) and m.num_features is None]
     before = [(module, module.training) for module in model.modules()]
     given = 0
     try:
@@ -116,19 +118,23 @@ def update_batch_norm(model: Module, batches: Iterable[Any]) -> None:
             for batch in batches:
                 given += 1
                 model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        counts = [population.total() for population in populations]
+        if not any(counts):
+            raise ValueError(
+                f"update_batch_norm: got {given} batches and no values in them"
+                + ("; an iterator that was used before is empty, give a fresh one" * (not given))
+            )
+    except BaseException:
+        for module in unsized:
+            module._forget_sizes()
+        raise
     finally:
         for module, training in before:
             module.training = training
-    counts = [population.total() for population in populations]
-    if not any(counts):
-        raise ValueError(
-            f"update_batch_norm: got {given} batches and no values in them"
-            + ("; an iterator that was used before is empty, give a fresh one" * (not given))
-        )
     for layer, population, count in zip(layers, populations, counts, strict=True):
         if count:
-            running: Any = layer.running_mean, layer.running_var, layer.num_batches_tracked
+            counter: Any = layer.num_batches_tracked
             with placed("update_batch_norm", (population.mean,)):
-                running[0][...] = population.mean.reshape(running[0].shape)
-                running[1][...] = population.var(layer.correction).reshape(running[1].shape)
-                running[2][...] = population.batches
+                write_within_range(layer.running_mean, population.mean)
+                write_within_range(layer.running_var, population.var(layer.correction))
+                counter[...] = population.batches
