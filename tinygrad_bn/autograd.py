@@ -152,8 +152,8 @@ def _walk(
 ) -> None:
     """Carry the cotangents in `roots` back to the places in `targets` (None: to all leaves) and
     add them up in `found`."""
-    order = _newest_first([place for place, _ in roots])
-    leading = set() if targets is None else _leading_to(order, targets)
+    order = newest_first([place for place, _ in roots])
+    leading = set() if targets is None else leading_to(order, targets)
     pending: dict[Any, Any] = {}  # place -> the sum of the cotangents that have reached it
     for place, seed in roots:
         with placed("backward", (seed,)):
@@ -214,7 +214,7 @@ def _carry_between_devices(
             _add(pending, node.parents[i], h, node)
 
 
-def _newest_first(places: list[Any]) -> list[Any]:
+def newest_first(places: list[Any]) -> list[Any]:
     """Return every Node and Output reachable from `places`, each before all that it depends on."""
     # A dict keeps its order: that of a chain is right already, and sorting it costs nothing.
     seen = dict.fromkeys(place for place in places if not isinstance(place, TensorBase))
@@ -227,7 +227,7 @@ def _newest_first(places: list[Any]) -> list[Any]:
     return sorted(seen, key=attrgetter("time"), reverse=True)
 
 
-def _leading_to(order: list[Any], targets: set[Any]) -> set[Any]:
+def leading_to(order: list[Any], targets: set[Any]) -> set[Any]:
     """Return the places from which a target can be reached, targets included."""
     leading = set(targets)
     for node in reversed(order):

@@ -174,9 +174,9 @@ def overwriting(pending, place, g, source=None):
 
 
 _add = autograd._add
-_newest_first = autograd._newest_first
+_newest_first = autograd.newest_first
 _complete = autograd._complete
-_leading_to = autograd._leading_to
+_leading_to = autograd.leading_to
 
 
 def fan_out_overwritten(monkeypatch):
@@ -194,7 +194,7 @@ def visited_breadth_first(monkeypatch):
                     queue.append(parent)
         return queue
 
-    monkeypatch.setattr(autograd, "_newest_first", order)
+    monkeypatch.setattr(autograd, "newest_first", order)
 
 
 def unused_output_given_ones(monkeypatch):
@@ -232,7 +232,7 @@ def pruned_too_far(monkeypatch):
             near |= {n for n in order if any(p in near for p in n.parents if p is not None)}
         return near
 
-    monkeypatch.setattr(autograd, "_leading_to", leading)
+    monkeypatch.setattr(autograd, "leading_to", leading)
 
 
 def second_root_lost(monkeypatch):

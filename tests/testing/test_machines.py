@@ -318,7 +318,7 @@ def gradient_added_twice(monkeypatch):
 
 def failed_pass_leaves_gradients_behind(monkeypatch):
     def walk(roots, targets, found, *rest):
-        leaves = {p for node in autograd._newest_first([r for r, _ in roots]) for p in node.parents}
+        leaves = {p for node in autograd.newest_first([r for r, _ in roots]) for p in node.parents}
         try:
             _walk(roots, targets, found, *rest)
         except RuntimeError:

@@ -8,17 +8,20 @@ that a rule that is right in one of the two worlds only is found out.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from types import FunctionType
 from typing import Any
 
+import numpy as np
+
 from tinygrad_bn import backend
-from tinygrad_bn.autograd import grad
+from tinygrad_bn.autograd import grad, leading_to, newest_first
 from tinygrad_bn.grad_mode import no_grad
 from tinygrad_bn.op import Op
-from tinygrad_bn.tape import TensorBase
+from tinygrad_bn.tape import Node, TensorBase
 from tinygrad_bn.tensor import Tensor
+from tinygrad_bn.testing import noise
 
 Array = Any
 Function = Callable[..., Any]
@@ -162,6 +165,10 @@ class FirstOrder:
             )
         return [o for o in raw if o.dtype.kind in "fc"]
 
+    def rounded_anew(self, rng: np.random.Generator, times: int) -> Iterator[list[Array]]:
+        """Yield nothing: what an op rounds on its way to the outputs is out of reach."""
+        yield from ()
+
     def gradient(self, arrays: Sequence[Array], cotangents: Sequence[Array]) -> list[Array]:
         """Return the gradients of Σ <cotangent, output> for the free inputs."""
         return self.both(arrays, lambda outputs: cotangents)[2]
@@ -196,6 +203,17 @@ class SecondOrder:
     def value(self, arrays: Sequence[Array]) -> list[Array]:
         """Return the gradients of the free inputs, by the ordinary backward pass."""
         return self.first.gradient(arrays[: self.count], arrays[self.count :])
+
+    def rounded_anew(self, rng: np.random.Generator, times: int) -> Iterator[list[Array]]:
+        """Yield `value` at `inputs`, with what the forward hands to the backward rounded anew."""
+        for _ in range(times):
+            ts, outputs = self.first.call(self.given, True)
+            order = newest_first([o.node for o in outputs if o.node is not None])
+            leading = leading_to(order, set(ts))  # the others are not of this call
+            for node in order:
+                if isinstance(node, Node) and node in leading:
+                    node.saved = noise.rounded_anew(node.saved, rng, self.given)
+            yield [g.data for g in pull_back(outputs, ts, self.inputs[self.count :])]
 
     def gradient(self, arrays: Sequence[Array], cotangents: Sequence[Array]) -> list[Array]:
         """Return the gradients of Σ <cotangent, gradient>, by differentiating the backward pass."""

@@ -1,7 +1,9 @@
 """Rounding noise, measured rather than guessed: what moving the inputs by a unit or two does.
 
 A computation cannot be more accurate than its answer to inputs that are rounded differently; so
-how far the answer moves under such a change is the tolerance that conditioning alone asks for.
+how far the answer moves under such a change is the tolerance that conditioning alone asks for. What
+is computed on the way is rounded as well, which no change of the inputs shows where the function is
+flat; where it can be reached, it is moved too.
 """
 
 from __future__ import annotations
@@ -52,6 +54,32 @@ def nudged_all(
         next(nudges(a, rng, 1, unit)) if a is not None and backend.is_floating(a.dtype) else a
         for a in arrays
     ]
+
+
+def rounded_anew(value: Any, rng: np.random.Generator, exact: Sequence[Array]) -> Any:
+    """Return what an op has kept as another rounding could have left it.
+
+    value: an array, a tuple of what may be arrays, or anything else, which is returned as it is.
+    exact: arrays that were given, not computed, and so are returned as they are.
+
+    Every entry of a floating array moves by a unit in the last place of the largest, or not at all:
+    an entry is what is left of terms of that size, as the logarithm of a probability near 1 is.
+
+    >>> y = np.array([1.0, 0.0])
+    >>> sorted({rounded_anew(y, np.random.default_rng(i), [])[1].item() for i in range(9)})
+    [-2.220446049250313e-16, 0.0, 2.220446049250313e-16]
+    """
+    if isinstance(value, tuple):
+        return tuple([rounded_anew(v, rng, exact) for v in value])
+    if not backend.is_array(value) or not backend.is_floating(value.dtype) or value.size == 0:
+        return value
+    if any(value is array for array in exact):
+        return value
+    xp = backend.array_module(value)
+    largest = xp.where(xp.isfinite(value), xp.abs(value), 0).max()
+    signs = rng.integers(-1, 2, value.shape, dtype=np.int8)
+    moves = backend.to_device(signs, backend.device_of(value)).astype(value.dtype)
+    return value + moves * (largest * backend.machine_epsilon(value.dtype))
 
 
 def spread(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -205,12 +206,11 @@ class Probe:
         def phi(t: float) -> float:
             for i, direction in line.moves.items():
                 arrays[i] = inputs[i] + t * direction
-            return self._rise(arrays)
+            return self._rise(self.problem.value(arrays))
 
         return phi
 
-    def _rise(self, arrays: Sequence[Any]) -> float:
-        moved = self.problem.value(arrays)
+    def _rise(self, moved: Sequence[Array]) -> float:
         return sum(
             dot(g, there - here)
             for g, here, there in zip(self.cotangents, self.outputs, moved, strict=True)
@@ -248,16 +248,25 @@ class Probe:
         return _EPSILON * (self.natural + _finite(rounded))
 
     def _evaluation_noise(self, i: int) -> float:
-        """Return the deviation of L when input `i` is nudged, from eight samples."""
+        """Return the deviation of L when input `i` is nudged, and what was computed from all inputs
+        is rounded anew, from eight samples of each.
+
+        The latter is all there is where a function is flat: a softmax that is 1 but for 1e-20 is 1
+        at the nudged inputs too, but 1 - softmax is rounding.
+        """
         if i not in self._noise:
             arrays = list(self.problem.inputs)
             rises = []
             for near in nudges(arrays[i], np.random.default_rng(self.seed + 1), 8):
                 arrays[i] = near
-                rises.append(self._rise(arrays))
-            # hypot, as the square of a large number overflows and raises.
-            self._noise[i] = _finite(math.hypot(*rises) / math.sqrt(8))
+                rises.append(self._rise(self.problem.value(arrays)))
+            self._noise[i] = math.hypot(_deviation(rises), self._rounding_noise)
         return self._noise[i]
+
+    @cached_property
+    def _rounding_noise(self) -> float:
+        anew = self.problem.rounded_anew(np.random.default_rng(self.seed + 3), 8)
+        return _deviation([self._rise(outputs) for outputs in anew])
 
     def _analytic_noise(self, line: _Line) -> float:
         """Return the largest change of the analytic derivative under nudges of all that goes in.
@@ -342,6 +351,12 @@ class Probe:
                 f"{comparison.resolution:.1e} of the derivative (limit {self.max_resolution:.0e}); "
                 f"the function is too noisy, too steep or not smooth around these inputs"
             )
+
+
+def _deviation(rises: Sequence[float]) -> float:
+    """Return the root mean square; 0 where there is none, or it is not finite."""
+    # hypot, as the square of a large number overflows and raises.
+    return _finite(math.hypot(*rises) / math.sqrt(len(rises))) if rises else 0.0
 
 
 def _finite(value: float) -> float:
