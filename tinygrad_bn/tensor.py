@@ -296,7 +296,7 @@ class Tensor(TensorBase):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         index = _raw_index(index)
-        _i.check_index("assignment", self.shape, index)
+        _i.check_index("assignment", self.data, self.shape, index)
 
         def write(data: Array, raw: Array) -> None:
             data[index] = raw

@@ -142,8 +142,16 @@ MIXED = {
     ),
     "a gradient": lambda a, b: (_on(a).requires_grad_() * 2).backward(_on(b)),
     "an optimizer": lambda a, b: _stepped(a, b),
+    "an index": lambda a, b: _on(a)[_rows(b)],
+    "an index of a raw array": lambda a, b: _on(a)[1:, _rows(b).data],
+    "a mask": lambda a, b: _on(a)[_on(b) > 0],
+    "assignment at an index": lambda a, b: _on(a).__setitem__(_rows(b), 0.0),
     "labels": lambda a, b: F.cross_entropy(_on(a), tg.zeros(4, dtype="int64", device=b)),
 }
+
+
+def _rows(device):
+    return tg.tensor([0, 2], device=device)
 
 
 def _stepped(a, b):
@@ -158,6 +166,16 @@ def test_mixing_devices_is_an_error_that_names_both(attempt, devices):
     with pytest.raises(ValueError, match="expected one device") as caught:
         attempt(*devices)
     assert all(repr(device) in str(caught.value) for device in devices)
+
+
+def test_an_index_says_where_to_and_lists_and_numbers_go_along():
+    x = tg.arange(6.0, device="cuda:1").reshape(3, 2)
+    with pytest.raises(ValueError, match=r"getitem.*'cuda:1' and on 'cpu'.*\.to\('cuda:1'\)"):
+        x[np.array([0, 2])]
+    rows = tg.tensor([0, 2]).to(x.device)
+    for index in (rows, [0, 2], slice(0, None, 2), (Ellipsis, [0, 2], slice(None))):
+        assert x[index].tolist() == [[0.0, 1.0], [4.0, 5.0]]
+    assert x[1, 1].item() == 3.0
 
 
 def test_dlpack_goes_both_ways_and_shares_memory():

@@ -1,13 +1,15 @@
 """Reading and writing parts of an array: `getitem`, and the two ops that put entries back.
 
 An index is anything NumPy accepts: integers, slices, None, Ellipsis, integer and boolean arrays.
+Arrays (and Tensors) in it must be on the device of what is indexed, as all that an op is given is;
+lists go along.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from tinygrad_bn.backend import array_module, backend_of, extremes
+from tinygrad_bn.backend import array_module, backend_of, extremes, placed
 from tinygrad_bn.domain import Domain, Real, case
 from tinygrad_bn.op import op
 
@@ -33,11 +35,13 @@ def is_basic(index: Any) -> bool:
     )
 
 
-def check_index(name: str, shape: tuple[int, ...], index: Any) -> None:
-    """Raise IndexError for arrays of integers in `index` that are out of bounds, where a GPU would
-    wrap them round and is to be asked (see `check_data`); NumPy looks for itself."""
+def check_index(name: str, x: Any, shape: tuple[int, ...], index: Any) -> None:
+    """Raise ValueError for arrays in `index` on another device than x, and IndexError for integers
+    among them that are out of bounds of `shape`, where a GPU would wrap them round and is to be
+    asked (see `check_data`); NumPy looks for itself."""
     parts = index if isinstance(index, tuple) else (index,)
     arrays = [part for part in parts if hasattr(part, "dtype")]
+    placed(name, (x, *arrays))
     if not any(backend_of(array).accelerator is not None for array in arrays):
         return
     widths = [_axes_taken(part) for part in parts]
@@ -66,7 +70,7 @@ def _axes_taken(part: Any) -> int:
 @op(view=True, domain=Domain(cases=tuple(case(shape, index=i) for shape, i, _ in _INDICES)))
 def getitem(x: Any, *, index: Any) -> Any:
     """Return x[index]: a view for a basic index, even of one entry; a copy for an advanced one."""
-    check_index("getitem", x.shape, index)
+    check_index("getitem", x, x.shape, index)
     out = x[index]
     if hasattr(out, "base") and type(out) is type(x):
         return out
@@ -83,7 +87,7 @@ def scatter_add(x: Any, *, index: Any, shape: tuple[int, ...]) -> Any:
 
     It is the transpose of `getitem`, and `getitem` is its.
     """
-    check_index("scatter_add", shape, index)
+    check_index("scatter_add", x, shape, index)
     xp = array_module(x)
     out = xp.zeros(shape, dtype=x.dtype)
     if is_basic(index):
@@ -113,7 +117,7 @@ def setitem(x: Any, value: Any, *, index: Any) -> Any:
     If an integer-array index names an entry twice, which value it keeps is left open, as in NumPy,
     and both receive its cotangent.
     """
-    check_index("setitem", x.shape, index)
+    check_index("setitem", x, x.shape, index)
     out = x.copy()
     out[index] = value
     return out
