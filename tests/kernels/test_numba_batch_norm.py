@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from tests.ops.batch_norm_cases import Case, cases, reference
 from tinygrad_bn.backend.kernels import use_kernels
-from tinygrad_bn.kernels.cpu import channels, numba_batch_norm, numba_batch_norm_given, threads
+from tinygrad_bn.kernels.cpu import (
+    channels,
+    numba_batch_norm,
+    numba_batch_norm_given,
+    numba_masked_batch_norm,
+    threads,
+)
 from tinygrad_bn.ops.batch_norm import batch_norm, batch_norm_given
 
 pytest.importorskip("numba")
@@ -103,6 +109,19 @@ def test_groups_are_batches_of_their_own(case, groups):
         sums += right.gweight, right.gbias
     scale = np.abs(g).sum(axis=case.reduced) * np.sqrt(n * groups)
     assert (np.abs([found["gweight"], found["gbias"]] - sums) <= 1e-5 * scale).all()
+
+
+@pytest.mark.parametrize("mask", [None, np.ones((6, 1, 1))])
+def test_statistics_of_the_generic_form_are_taken_in_any_order_in_memory(mask):
+    """As when forward declined, and x lies in memory batch last."""
+    x, g = np.random.default_rng(0).standard_normal((2, 6, 4, 5)).astype(np.float32)
+    mean, var = np.random.default_rng(1).uniform(1, 2, (2, 3, 1, 4, 1))
+    vjp = numba_masked_batch_norm.vjp
+    options = {"axis": (1,), "eps": 1e-5, "groups": 3, "needs": (1, 1, 1, 0)}
+    expected = vjp(g, x, None, None, mask, mean, var, **options)
+    turned = np.asfortranarray(mean), np.asfortranarray(var)
+    for a, b in zip(vjp(g, x, None, None, mask, *turned, **options), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @DTYPES

@@ -94,7 +94,7 @@ def vjp(
     if channels is None or g.dtype != x.dtype or not g.flags.aligned or not usable():
         return NotImplemented
     laid, laid_g, gx = channels.lay(x), channels.lay(g), channels.empty(x.dtype)
-    found = np.stack([mean.reshape(groups, -1), var.reshape(groups, -1)], axis=1)
+    found = of_groups(mean, var, groups)
     parts = gx.reshape(groups, -1)
     gamma, beta = one_each(weight), one_each(bias)
     sums: list[Any] = [None] * groups
@@ -113,6 +113,14 @@ def vjp(
     gweight, gbias = (total.reshape(shape) for total in np.sum(sums, axis=0))
     gx = channels.back(gx) if needs[0] else None
     return gx, gweight if needs[1] else None, gbias if needs[2] else None, None
+
+
+def of_groups(mean: Array, var: Array, groups: int) -> Array:
+    """Return mean and variance as the loops read them: (groups, 2, C), in C order."""
+    found = np.empty((groups, 2, mean.size // groups))
+    # Not np.stack, which takes over the order of what it is given: the generic form's may be any.
+    found[:, 0], found[:, 1] = mean.reshape(groups, -1), var.reshape(groups, -1)
+    return found
 
 
 def over_groups(one: Any, groups: int) -> None:

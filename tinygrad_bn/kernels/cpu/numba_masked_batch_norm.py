@@ -25,7 +25,13 @@ from tinygrad_bn.kernels.cpu.masked_channel_loops import (
     combine,
     normalize,
 )
-from tinygrad_bn.kernels.cpu.numba_batch_norm import NUMBERS, affine, one_each, over_groups
+from tinygrad_bn.kernels.cpu.numba_batch_norm import (
+    NUMBERS,
+    affine,
+    of_groups,
+    one_each,
+    over_groups,
+)
 from tinygrad_bn.kernels.cpu.shares import shares_of
 from tinygrad_bn.kernels.cpu.vector_loops import moments, slopes
 
@@ -105,7 +111,7 @@ def vjp(
     share, _ = shares
     laid, laid_g, gx = channels.lay(x), channels.lay(g), channels.empty(x.dtype)
     parts = gx.reshape(groups, -1)
-    found = np.stack([mean.reshape(groups, -1), var.reshape(groups, -1)], axis=1)
+    found = of_groups(mean, var, groups)
     gamma, beta = one_each(weight), one_each(bias)
     sums: list[Any] = [None] * groups
 
