@@ -11,6 +11,8 @@ faster. The summary is the geometric mean of the ratios of forward plus backward
 What is compared is not quite the same work: our statistics are exact where PyTorch's are not
 (benchmarks/analytic_rule.py has the errors).
 
+Last come our two layouts of the same sizes beside each other, in one process, turn by turn.
+
     python benchmarks/batch_norm.py --quick
 """
 
@@ -129,6 +131,25 @@ class TinygradBatchNorm(BatchNorm):
         return found
 
 
+class BothLayouts(Contender):
+    """Forward plus backward of the same sizes with the channels first, and last."""
+
+    phases: ClassVar = ("first", "last")
+
+    def __init__(self, shape: Shape, with_relu: bool, threads: int):
+        self.norms = [
+            TinygradBatchNorm(layout, shape, with_relu, threads) for layout in ("NCHW", "NHWC")
+        ]
+
+    def first(self) -> None:
+        self.norms[0].forward()
+        self.norms[0].backward()
+
+    def last(self) -> None:
+        self.norms[1].forward()
+        self.norms[1].backward()
+
+
 class TorchBatchNorm(BatchNorm):
     def start(self, threads: int, **arrays: np.ndarray) -> None:
         import torch
@@ -197,6 +218,19 @@ def measure(
     return row
 
 
+def compare_layouts(shape: Shape, with_relu: bool, options: argparse.Namespace) -> dict[str, Any]:
+    """Return milliseconds with the channels first and last, and the ratio last / first."""
+    with Remote(BothLayouts, shape, with_relu, options.threads, threads=options.threads) as both:
+        turns = take_turns({"both": both}, plan(options, settle=2, count=3))["both"]
+    first, last = seconds(turns, "first"), seconds(turns, "last")
+    return {
+        "sizes": shape,
+        "channels first": summarize(first).scaled(1e3),
+        "channels last": summarize(last).scaled(1e3),
+        "last / first": summarize(ratios(last, first)),
+    }
+
+
 def show(name: str, rows: list[dict[str, Any]]) -> None:
     """Print a table for each phase and one for both."""
     print(f"\n{name}, milliseconds in training, float32; ratio: ours / PyTorch")
@@ -217,13 +251,21 @@ def main() -> None:
         cases = CASES[1:5:3] if options.quick else CASES
         rows = [measure(*case, with_relu, peers, options) for case in cases]
         show(name, rows)
-        report[name] = {"rows": rows, **(summary(name, rows) if peers else {})}
+        report[name] = {"rows": rows, **(summary(name, rows, "both, ratio") if peers else {})}
+    for name, with_relu in (("layouts", False), ("layouts, with ReLU", True)):
+        shapes = [shape for layout, shape in CASES if layout == "NHWC"]
+        rows = [
+            compare_layouts(s, with_relu, options) for s in shapes[: 1 if options.quick else None]
+        ]
+        print(f"\n{name}, forward plus backward, milliseconds in training, float32")
+        print_table(list(rows[0]), [list(row.values()) for row in rows])
+        report[name] = {"rows": rows, **summary(name, rows, "last / first")}
     close_report(report, options)
 
 
-def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the geometric mean and the worst of the ratios of forward plus backward."""
-    medians = [row["both, ratio"].median for row in rows]
+def summary(name: str, rows: list[dict[str, Any]], ratio: str) -> dict[str, float]:
+    """Return the geometric mean and the worst of the rows' ratios of forward plus backward."""
+    medians = [row[ratio].median for row in rows]
     found = {"geometric mean": statistics.geometric_mean(medians), "worst": max(medians)}
     print(
         f"\nForward plus backward of {name}, ratios: geometric mean "

@@ -76,6 +76,7 @@ def bars(results: Results) -> list[Bar]:
             "× PyTorch eager"),
         Bar("batch norm and ReLU, geometric mean",
             _at(norms, "batch norm and ReLU", "geometric mean"), 0.70, "× PyTorch eager"),
+        *layout_bars(norms),
         Bar("chain of 1,000 small ops", _at(results, "small_ops", "geometric mean"), 0.80,
             "× PyTorch eager"),
         Bar("import", import_ratio(results), 1.3, "× `import numpy`"),
@@ -100,6 +101,15 @@ def step_bars(layout: str, rows: Mapping[str, Any]) -> Iterator[Bar]:
     )  # fmt: skip
     ratio = None if None in memory else memory[0] / memory[1]
     yield Bar(f"peak memory, {layout}, `[fast]`", ratio, 0.80, "× PyTorch eager's")
+
+
+def layout_bars(norms: Mapping[str, Any]) -> Iterator[Bar]:
+    """Yield what is aimed at for batch norm with the channels last, beside channels first."""
+    for kind, name in (("layouts", "batch norm"), ("layouts, with ReLU", "batch norm and ReLU")):
+        mean, worst = _at(norms, kind, "geometric mean"), _at(norms, kind, "worst")
+        yield Bar(f"{name}, channels last, geometric mean", mean, 1.00, "× channels first")
+        # Runs of one and the same layout scatter by a twentieth.
+        yield Bar(f"{name}, channels last, worst shape", worst, 1.05, "× channels first")
 
 
 def import_ratio(results: Results) -> float | None:
