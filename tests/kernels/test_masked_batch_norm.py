@@ -1,5 +1,6 @@
 """The CPU kernels of batch norm with a mask, against the formula in longdouble."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -21,7 +22,12 @@ from tinygrad_bn.testing.batch_norm_reference import expected
 from tinygrad_bn.testing.hard_cases import least_rounding
 
 #: What an error may be, as a share of its scale: roundings in the dtype, and few of them.
-BOUND = {np.float16: 2 * 2.0**-10, np.float32: 1e-5, np.float64: 1e-12}
+BOUND = {
+    ml_dtypes.bfloat16: 2 * 2.0**-7,
+    np.float16: 2 * 2.0**-10,
+    np.float32: 1e-5,
+    np.float64: 1e-12,
+}
 
 #: A (group of a) mask: in how many of its places it has one value for all, and what the values are.
 MASKS = {
@@ -139,20 +145,19 @@ def test_kernel_matches_the_formula_for_any_axes_and_order_in_memory(kernel, dty
     assert found["gweight"].shape == found["gbias"].shape == tuple(x.shape[i] for i in case.axis)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @given(data=st.data())
-def test_float16_is_served_by_numpy(data):
+def test_half_precision_is_computed_in_float32(kernel, dtype, data):
     case = data.draw(cases(dtype=np.float32))
     assume(together(case))
-    case.x, case.g = case.x.astype(np.float16), case.g.astype(np.float16)
+    case.x, case.g = case.x.astype(dtype), case.g.astype(dtype)
     mask = data.draw(masks(case))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numpy_batch_norm, "SMALLEST", 0)
-        found, _ = run(numpy_masked_batch_norm, case, mask)
+    found, _ = run(kernel, case, mask)
     found_errors = errors(found, case, mask)
-    assert max(found_errors["y"], found_errors["gx"]) <= BOUND[np.float16]
-    # The parameters' gradients are not rounded to float16.
+    assert max(found_errors["y"], found_errors["gx"]) <= BOUND[dtype]
+    # The parameters' gradients are not rounded to half precision.
     assert max(found_errors["gweight"], found_errors["gbias"]) < 1e-5
-    assert found["y"].dtype == found["gx"].dtype == np.float16
+    assert found["y"].dtype == found["gx"].dtype == dtype
 
 
 @pytest.mark.parametrize("groups", [2, 3])

@@ -13,7 +13,8 @@ to its end, as memory is read fastest; down neighbouring rows it would be read i
 leave over goes row by row, of which the last may be a part of one.
 
 Vectors, and rows of sums, may be longer than C. Sums are kept in float64, also those of float32:
-beside reading the memory, widening costs nothing.
+beside reading the memory, widening costs nothing. Half precision is computed in float32; see
+`stored`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.kernels.cpu.compiled import compiled
+from tinygrad_bn.kernels.cpu.stored import narrowed, widened
 
 Array = Any
 
@@ -42,7 +44,7 @@ def _parted(x, parts, C):
 # --- sums of x -----------------------------------------------------------------------------------
 
 
-@compiled("T[:], f8[:], int, int, out f8[:, :]")
+@compiled("H[:], f8[:], int, int, out f8[:, :]")
 def add_moments(x: Array, shift: Array, C: int, S: int, total: Array) -> None:
     """Add Σ d and Σ d², for d = x - shift, to the rows of `total`."""
     if S > 1:
@@ -63,7 +65,7 @@ def add_moments(x: Array, shift: Array, C: int, S: int, total: Array) -> None:
 def _moments_of_run(x, shift):
     first = second = 0.0
     for i in range(len(x)):
-        d = np.float64(x[i]) - shift
+        d = np.float64(widened(x[i])) - shift
         first += d
         second += d * d
     return first, second
@@ -72,7 +74,7 @@ def _moments_of_run(x, shift):
 @compiled()
 def _add_moments_of_row(x, shift, first, second):
     for c in range(len(x)):
-        d = np.float64(x[c]) - shift[c]
+        d = np.float64(widened(x[c])) - shift[c]
         first[c] += d
         second[c] += d * d
 
@@ -81,10 +83,14 @@ def _add_moments_of_row(x, shift, first, second):
 def _add_moments_of_eighths(x, shift, first, second):
     for n in range(x.shape[1]):
         for c in range(x.shape[2]):
-            d0, d1 = np.float64(x[0, n, c]) - shift[c], np.float64(x[1, n, c]) - shift[c]
-            d2, d3 = np.float64(x[2, n, c]) - shift[c], np.float64(x[3, n, c]) - shift[c]
-            d4, d5 = np.float64(x[4, n, c]) - shift[c], np.float64(x[5, n, c]) - shift[c]
-            d6, d7 = np.float64(x[6, n, c]) - shift[c], np.float64(x[7, n, c]) - shift[c]
+            d0 = np.float64(widened(x[0, n, c])) - shift[c]
+            d1 = np.float64(widened(x[1, n, c])) - shift[c]
+            d2 = np.float64(widened(x[2, n, c])) - shift[c]
+            d3 = np.float64(widened(x[3, n, c])) - shift[c]
+            d4 = np.float64(widened(x[4, n, c])) - shift[c]
+            d5 = np.float64(widened(x[5, n, c])) - shift[c]
+            d6 = np.float64(widened(x[6, n, c])) - shift[c]
+            d7 = np.float64(widened(x[7, n, c])) - shift[c]
             first[c] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
             squares = (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
             second[c] += squares + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
@@ -93,7 +99,7 @@ def _add_moments_of_eighths(x, shift, first, second):
 # --- y -------------------------------------------------------------------------------------------
 
 
-@compiled("T[:], T[:, :], int, int, bool, out T[:]")
+@compiled("H[:], T[:, :], int, int, bool, out H[:]")
 def normalize(x: Array, vectors: Array, C: int, S: int, relu: bool, y: Array) -> None:
     """Set y = (x - high) · scale + constant, or 0 where that is below 0, if `relu`; NaN stays."""
     if S > 1:
@@ -134,14 +140,14 @@ def _normalize_halves(x, high, scale, constant, relu, y):
 
 @compiled()
 def _normalized(x, high, scale, constant, relu):
-    value = (x - high) * scale + constant
-    return type(x)(0) if relu and value < 0 else value
+    value = (widened(x) - high) * scale + constant
+    return narrowed(type(high)(0) if relu and value < 0 else value, x)
 
 
 # --- sums with the cotangent ---------------------------------------------------------------------
 
 
-@compiled("T[:], T[:], T[:, :], int, int, bool, out f8[:, :]")
+@compiled("H[:], H[:], T[:, :], int, int, bool, out f8[:, :]")
 def add_products(
     g: Array, x: Array, vectors: Array, C: int, S: int, relu: bool, total: Array
 ) -> None:
@@ -169,7 +175,7 @@ def add_products(
 def _products_of_run(g, x, high, scale, constant, relu):
     first = second = 0.0
     for i in range(len(x)):
-        d = x[i] - high
+        d = widened(x[i]) - high
         passed = _passed(g[i], d, scale, constant, relu)
         first += passed
         second += passed * d
@@ -179,7 +185,7 @@ def _products_of_run(g, x, high, scale, constant, relu):
 @compiled()
 def _add_products_of_row(g, x, high, scale, constant, relu, first, second):
     for c in range(len(x)):
-        d = x[c] - high[c]
+        d = widened(x[c]) - high[c]
         passed = _passed(g[c], d, scale[c], constant[c], relu)
         first[c] += passed
         second[c] += passed * d
@@ -189,7 +195,7 @@ def _add_products_of_row(g, x, high, scale, constant, relu, first, second):
 def _add_products_of_halves(g, x, high, scale, constant, relu, first, second):
     for n in range(x.shape[1]):
         for c in range(x.shape[2]):
-            d0, d1 = x[0, n, c] - high[c], x[1, n, c] - high[c]
+            d0, d1 = widened(x[0, n, c]) - high[c], widened(x[1, n, c]) - high[c]
             g0 = _passed(g[0, n, c], d0, scale[c], constant[c], relu)
             g1 = _passed(g[1, n, c], d1, scale[c], constant[c], relu)
             first[c] += g0 + g1
@@ -199,13 +205,13 @@ def _add_products_of_halves(g, x, high, scale, constant, relu, first, second):
 @compiled()
 def _passed(g, d, scale, constant, relu):
     """Return what ReLU lets through of g, in float64."""
-    return np.float64(g) if not relu or d * scale + constant > 0 else 0.0
+    return np.float64(widened(g)) if not relu or d * scale + constant > 0 else 0.0
 
 
 # --- gx ------------------------------------------------------------------------------------------
 
 
-@compiled("T[:], T[:], T[:, :], int, int, bool, out T[:]")
+@compiled("H[:], H[:], T[:, :], int, int, bool, out H[:]")
 def combine(g: Array, x: Array, vectors: Array, C: int, S: int, relu: bool, gx: Array) -> None:
     """Set gx = scale · g + slope · (x - high) + level, with g = 0 where y is not > 0, if `relu`."""
     if S > 1:
@@ -254,6 +260,6 @@ def _combine_halves(g, x, high, scale, constant, slope, level, relu, gx):
 
 @compiled()
 def _combined(g, x, high, scale, constant, slope, level, relu):
-    d = x - high
-    passed = g if not relu or d * scale + constant > 0 else type(g)(0)
-    return scale * passed + (slope * d + level)
+    d = widened(x) - high
+    passed = widened(g) if not relu or d * scale + constant > 0 else type(high)(0)
+    return narrowed(scale * passed + (slope * d + level), x)

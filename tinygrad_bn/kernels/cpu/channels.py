@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from tinygrad_bn.kernels.cpu import memory, threads
+from tinygrad_bn.kernels.cpu.halves import work_dtype
+from tinygrad_bn.kernels.cpu.stored import stored
 from tinygrad_bn.kernels.layout import inverse, memory_order
 
 Array = Any
@@ -70,12 +72,19 @@ class Channels:
         self.spreading = (self.run, self.repeats) if self.spreads else (1, 1)
 
     def lay(self, x: Array) -> Array:
-        """Return x as (groups, entries in memory's order), copied only if it is not dense."""
-        return np.ascontiguousarray(x.transpose(self.order)).reshape(self.groups, -1)
+        """Return x as (groups, entries in memory's order), copied only if it is not dense.
+
+        Half precision as the loops take it: `stored`.
+        """
+        return stored(np.ascontiguousarray(x.transpose(self.order)).reshape(self.groups, -1))
 
     def empty(self, dtype: Any) -> Array:
-        """Return a new array whose reshape to (groups, -1) is as `lay` gives them."""
+        """Return a new array, in memory's order."""
         return memory.empty(self.sizes, dtype)
+
+    def laid(self, made: Array) -> Array:
+        """Return what `empty` gave as `lay` gives it: a view, to write to."""
+        return stored(made.reshape(self.groups, -1))
 
     def back(self, made: Array) -> Array:
         """Return what `empty` gave with its axes as they were."""
@@ -112,9 +121,9 @@ class Channels:
 
 def channels_of(x: Array, axis: Axes, groups: int = 1, may_spread: bool = True) -> Channels | None:
     """Return how x is handed over, or None if it is too small, or of a dtype not served."""
-    if x.size < SMALLEST * groups or x.dtype not in (np.float32, np.float64):
+    if x.size < SMALLEST * groups or work_dtype(x.dtype) is None:
         return None
-    if not x.flags.aligned:
+    if not (x.dtype.isnative and x.flags.aligned):
         return None
     order = memory_order(x, axis) or _order_of_a_copy(x.ndim, axis)
     if groups > 1 and order[0] != 0:

@@ -141,24 +141,49 @@ class Compiled:
             shutil.rmtree(folder, ignore_errors=True)
         return kept()
 
+    def _inner_of(self, numba: Any) -> tuple[Function, set[str]]:
+        """Return what other compiled functions call, and the files in which that is written."""
+        function, sources = self._linked(numba)
+        if self._inner is None:
+            self._inner = numba.njit(**self.options)(function)
+        return self._inner, sources
+
     def _linked(self, numba: Any) -> tuple[Function, set[str]]:
-        """Return the function with what Numba can call in place of each `Compiled` it names, and
-        the files in which it and they are written."""
+        """Return the function with what Numba can call in place of each `Compiled` and `Lowered`
+        that it names, and the files in which it and they are written."""
         code = self.function.__code__
         names, sources = dict(self.function.__globals__), {code.co_filename}
         for name in code.co_names:
             value = names.get(name)
-            if isinstance(value, Compiled):
-                function, its_sources = value._linked(numba)
+            if isinstance(value, (Compiled, Lowered)):
+                names[name], its_sources = value._inner_of(numba)
                 sources |= its_sources
-                if value._inner is None:
-                    value._inner = numba.njit(**value.options)(function)
-                names[name] = value._inner
         function = types.FunctionType(
             code, names, code.co_name, self.function.__defaults__, self.function.__closure__
         )
         function.__module__, function.__qualname__ = self.function.__module__, code.co_qualname
         return function, sources
+
+
+class Lowered:
+    """A function for compiled ones to call that says itself which instructions it is.
+
+    function: does the same in Python. make: given Numba, returns the function for it to call.
+    """
+
+    def __init__(self, function: Function, make: Function):
+        self.function = function
+        self._make = make
+        self._inner: Function | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the function in Python, slowly: to step through it."""
+        return self.function(*args)
+
+    def _inner_of(self, numba: Any) -> tuple[Function, set[str]]:
+        if self._inner is None:
+            self._inner = self._make(numba)
+        return self._inner, {self.function.__code__.co_filename}
 
 
 def _numba_type(numba: Any, parameter: str, chosen: dict[str, np.dtype]) -> Any:

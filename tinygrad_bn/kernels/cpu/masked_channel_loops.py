@@ -16,6 +16,7 @@ import numpy as np
 
 from tinygrad_bn.kernels.cpu.channel_loops import CONSTANT, HIGH, LEVEL, SCALE, SLOPE
 from tinygrad_bn.kernels.cpu.compiled import compiled
+from tinygrad_bn.kernels.cpu.stored import narrowed, widened
 
 Array = Any
 
@@ -23,7 +24,7 @@ Array = Any
 # --- sums of x -----------------------------------------------------------------------------------
 
 
-@compiled("T[:], f8[:], f8[:], int, int, out f8[:, :]")
+@compiled("H[:], f8[:], f8[:], int, int, out f8[:, :]")
 def add_moments(x: Array, share: Array, shift: Array, C: int, S: int, total: Array) -> None:
     """Add Σ p d and Σ p d², for d = x - shift, to the rows of `total`."""
     if S > 1:
@@ -45,7 +46,7 @@ def add_moments(x: Array, share: Array, shift: Array, C: int, S: int, total: Arr
 def _moments_of_run(x, p, shift):
     first = second = 0.0
     for i in range(len(x)):
-        d = np.float64(x[i]) - shift if p[i] > 0 else 0.0
+        d = np.float64(widened(x[i])) - shift if p[i] > 0 else 0.0
         first += p[i] * d
         second += p[i] * d * d
     return first, second
@@ -54,7 +55,7 @@ def _moments_of_run(x, p, shift):
 @compiled()
 def _add_moments_of_row(x, p, shift, first, second):
     for c in range(len(x)):
-        d = np.float64(x[c]) - shift[c]
+        d = np.float64(widened(x[c])) - shift[c]
         first[c] += p * d
         second[c] += p * d * d
 
@@ -62,7 +63,7 @@ def _add_moments_of_row(x, p, shift, first, second):
 # --- y -------------------------------------------------------------------------------------------
 
 
-@compiled("T[:], f8[:], T[:, :], T[:], int, int, out T[:]")
+@compiled("H[:], f8[:], T[:, :], T[:], int, int, out H[:]")
 def normalize(
     x: Array, share: Array, vectors: Array, otherwise: Array, C: int, S: int, y: Array
 ) -> None:
@@ -81,26 +82,32 @@ def normalize(
             if share[n] > 0:
                 _normalize_row(x[i : i + C], high, scale, constant, y[i : i + C])
             else:
-                y[i : i + C] = otherwise[:C]
+                _fill_row(otherwise, y[i : i + C])
 
 
 @compiled()
 def _normalize_run(x, p, high, scale, constant, otherwise, y):
     for i in range(len(x)):
-        value = (x[i] - high) * scale + constant
-        y[i] = value if p[i] > 0 else otherwise
+        value = (widened(x[i]) - high) * scale + constant
+        y[i] = narrowed(value if p[i] > 0 else otherwise, x[i])
 
 
 @compiled()
 def _normalize_row(x, high, scale, constant, y):
     for c in range(len(x)):
-        y[c] = (x[c] - high[c]) * scale[c] + constant[c]
+        y[c] = narrowed((widened(x[c]) - high[c]) * scale[c] + constant[c], x[c])
+
+
+@compiled()
+def _fill_row(values, y):
+    for c in range(len(y)):
+        y[c] = narrowed(values[c], y[c])
 
 
 # --- sums with the cotangent ---------------------------------------------------------------------
 
 
-@compiled("T[:], T[:], f8[:], T[:, :], int, int, out f8[:, :]")
+@compiled("H[:], H[:], f8[:], T[:, :], int, int, out f8[:, :]")
 def add_products(
     g: Array, x: Array, share: Array, vectors: Array, C: int, S: int, total: Array
 ) -> None:
@@ -129,10 +136,10 @@ def add_products(
 def _products_of_run(g, x, p, high):
     first = second = every = 0.0
     for i in range(len(x)):
-        wide = np.float64(g[i])
+        wide = np.float64(widened(g[i]))
         every += wide
         passed = wide if p[i] > 0 else 0.0
-        d = x[i] - high if p[i] > 0 else x.dtype.type(0)
+        d = widened(x[i]) - high if p[i] > 0 else type(high)(0)
         first += passed
         second += passed * d
     return first, second, every
@@ -141,19 +148,19 @@ def _products_of_run(g, x, p, high):
 @compiled()
 def _add_row(g, total):
     for c in range(len(g)):
-        total[c] += np.float64(g[c])
+        total[c] += np.float64(widened(g[c]))
 
 
 @compiled()
 def _add_products_of_row(g, x, high, total):
     for c in range(len(x)):
-        total[c] += np.float64(g[c]) * (x[c] - high[c])
+        total[c] += np.float64(widened(g[c])) * (widened(x[c]) - high[c])
 
 
 # --- gx ------------------------------------------------------------------------------------------
 
 
-@compiled("T[:], T[:], f8[:], T[:, :], int, int, out T[:]")
+@compiled("H[:], H[:], f8[:], T[:, :], int, int, out H[:]")
 def combine(g: Array, x: Array, share: Array, vectors: Array, C: int, S: int, gx: Array) -> None:
     """Set gx = scale · g + p · (slope · (x - high) + level), and 0 where x does not count."""
     if S > 1:
@@ -181,14 +188,15 @@ def combine(g: Array, x: Array, share: Array, vectors: Array, C: int, S: int, gx
 
 @compiled()
 def _combine_run(g, x, p, high, scale, slope, level, gx):
-    kind = x.dtype.type
+    kind = type(high)
     for i in range(len(x)):
-        value = scale * g[i] + kind(p[i]) * (slope * (x[i] - high) + level)
-        gx[i] = value if p[i] > 0 else kind(0)
+        value = scale * widened(g[i]) + kind(p[i]) * (slope * (widened(x[i]) - high) + level)
+        gx[i] = narrowed(value if p[i] > 0 else kind(0), x[i])
 
 
 @compiled()
 def _combine_row(g, x, p, high, scale, slope, level, gx):
-    part = x.dtype.type(p)
+    part = high.dtype.type(p)
     for c in range(len(x)):
-        gx[c] = scale[c] * g[c] + part * (slope[c] * (x[c] - high[c]) + level[c])
+        value = slope[c] * (widened(x[c]) - high[c]) + level[c]
+        gx[c] = narrowed(scale[c] * widened(g[c]) + part * value, x[c])

@@ -9,6 +9,8 @@ for gx. What must be exact is in float64: the sums, and all that is one number p
 - The mean is used as a high part in the dtype of x and a low part: x - high is exact where the mean
   is far larger than the spread, and the low part goes into the constant that is added anyway.
 
+Half precision is computed in float32, and rounded once.
+
 Where float32 cannot hold a number per channel, or one is not finite, the call is declined.
 """
 
@@ -22,7 +24,8 @@ from tinygrad_bn.backend import saving
 from tinygrad_bn.kernels.cpu import threads, vector_loops
 from tinygrad_bn.kernels.cpu.channel_loops import add_moments, add_products, combine, normalize
 from tinygrad_bn.kernels.cpu.channels import Array, Axes, Channels, channels_of
-from tinygrad_bn.kernels.cpu.compiled import usable
+from tinygrad_bn.kernels.cpu.halves import work_dtype
+from tinygrad_bn.kernels.cpu.stored import loops_take
 from tinygrad_bn.kernels.cpu.vector_loops import first_values, moments, slopes
 
 # The least and the largest of what is held: of variances, so that products of two such numbers
@@ -51,10 +54,10 @@ def forward(
     relu: return max(y, 0) for y.
     """
     channels = channels_of(x, axis, groups)
-    if channels is None or not usable():
+    if channels is None or not loops_take(x.dtype):
         return NotImplemented
     laid, out = channels.lay(x), channels.empty(x.dtype)
-    parts = out.reshape(groups, -1)
+    parts = channels.laid(out)
     gamma, beta = one_each(weight), one_each(bias)
     found = np.empty((groups, 2, channels.channels))
     served = [False] * groups
@@ -91,11 +94,11 @@ def vjp(
     relu: g is the cotangent of max(y, 0).
     """
     channels = channels_of(x, axis, groups)
-    if channels is None or g.dtype != x.dtype or not g.flags.aligned or not usable():
+    if channels is None or g.dtype != x.dtype or not g.flags.aligned or not loops_take(x.dtype):
         return NotImplemented
     laid, laid_g, gx = channels.lay(x), channels.lay(g), channels.empty(x.dtype)
     found = of_groups(mean, var, groups)
-    parts = gx.reshape(groups, -1)
+    parts = channels.laid(gx)
     gamma, beta = one_each(weight), one_each(bias)
     sums: list[Any] = [None] * groups
 
@@ -148,13 +151,14 @@ def _statistics(channels: Channels, laid: Array) -> Array:
 def affine(
     channels: Channels, dtype: np.dtype, found: Array, weight: Array, bias: Array, eps: float
 ) -> Array | None:
-    """Return rows of vectors with high, scale and constant set; None if `dtype` cannot hold them.
+    """Return rows of vectors with high, scale and constant set; None if they cannot hold them.
 
-    found: mean and variance, (2, C). weight, bias: as `one_each` returns them.
+    dtype: of x. found: mean and variance, (2, C). weight, bias: as `one_each` returns them.
     """
-    vectors = channels.rows(5, dtype)
-    options = VARIANCES[dtype], NUMBERS[dtype], *channels.spreading
-    held = vector_loops.affine.of(dtype)(found, weight, bias, eps, *options, vectors)
+    vectors = channels.rows(5, work_dtype(dtype))
+    limits = VARIANCES[vectors.dtype], NUMBERS[vectors.dtype]
+    options = *limits, *channels.spreading
+    held = vector_loops.affine.of(vectors.dtype)(found, weight, bias, eps, *options, vectors)
     return vectors if held else None
 
 
@@ -168,7 +172,7 @@ def one_each(vector: Array | None) -> Array:
 
 def apply(channels: Channels, laid: Array, vectors: Array, relu: bool, out: Array) -> None:
     """Write (x - high) · scale + constant into `out`."""
-    loop, sizes = normalize.of(laid.dtype), (channels.columns, channels.inner)
+    loop, sizes = normalize.of(laid.dtype, vectors.dtype), (channels.columns, channels.inner)
     channels.share_out(lambda part: loop(laid[part], vectors, *sizes, relu, out[part]))
 
 
@@ -186,14 +190,14 @@ def _vjp_of_group(
     """Return Σ g x̂ and Σ g of each channel, after writing gx, if it is wanted; None to decline."""
     if vectors is None:
         return None
-    dtype, sizes = laid.dtype, (channels.columns, channels.inner)
-    add, write = add_products.of(dtype), combine.of(dtype)
+    dtypes, sizes = (laid.dtype, vectors.dtype), (channels.columns, channels.inner)
+    add, write = add_products.of(*dtypes), combine.of(*dtypes)
     sums = channels.sums(
         lambda part, sums: add(laid_g[part], laid[part], vectors, *sizes, relu, sums)
     )
     grads = np.empty((2, channels.channels))
-    options = channels.count, NUMBERS[dtype], *channels.spreading
-    if not slopes.of(dtype)(sums, found, weight, eps, *options, vectors, grads):
+    options = channels.count, NUMBERS[vectors.dtype], *channels.spreading
+    if not slopes.of(vectors.dtype)(sums, found, weight, eps, *options, vectors, grads):
         return None
     if gx is not None:
         channels.share_out(

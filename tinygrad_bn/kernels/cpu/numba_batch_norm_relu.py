@@ -8,6 +8,11 @@ from tinygrad_bn.kernels.cpu import numba_batch_norm
 from tinygrad_bn.kernels.cpu.numba_batch_norm import Array, Axes
 
 
+def served(x: Array, residual: Array | None) -> bool:
+    """Return whether ReLU may look at y before it is rounded: where rounding makes no 0 of it."""
+    return residual is None and x.dtype.itemsize > 2
+
+
 def forward(
     x: Array,
     weight: Array | None = None,
@@ -18,7 +23,7 @@ def forward(
     eps: float,
 ) -> Any:
     """Return what `ops.fused.batch_norm_relu` returns, or NotImplemented."""
-    if residual is not None:
+    if not served(x, residual):
         return NotImplemented
     return numba_batch_norm.forward(x, weight, bias, axis=axis, eps=eps, relu=True)
 
@@ -36,6 +41,6 @@ def vjp(
     needs: tuple[bool, ...],
 ) -> Any:
     """Return what the rule of `ops.fused.batch_norm_relu` returns, or NotImplemented."""
-    if residual is not None:
+    if not served(x, residual):
         return NotImplemented
     return numba_batch_norm.vjp(g, x, weight, bias, mean, var, axis, eps, 1, needs, relu=True)

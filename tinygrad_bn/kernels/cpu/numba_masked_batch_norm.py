@@ -18,7 +18,7 @@ import numpy as np
 from tinygrad_bn.backend import saving
 from tinygrad_bn.kernels.cpu import numba_batch_norm
 from tinygrad_bn.kernels.cpu.channels import Array, Axes, Channels, channels_of
-from tinygrad_bn.kernels.cpu.compiled import usable
+from tinygrad_bn.kernels.cpu.halves import work_dtype
 from tinygrad_bn.kernels.cpu.masked_channel_loops import (
     add_moments,
     add_products,
@@ -33,7 +33,8 @@ from tinygrad_bn.kernels.cpu.numba_batch_norm import (
     over_groups,
 )
 from tinygrad_bn.kernels.cpu.shares import shares_of
-from tinygrad_bn.kernels.cpu.vector_loops import moments, slopes
+from tinygrad_bn.kernels.cpu.stored import loops_take
+from tinygrad_bn.kernels.cpu.vector_loops import first_values, moments, slopes
 
 
 def forward(
@@ -50,20 +51,21 @@ def forward(
     if mask is None:
         return numba_batch_norm.forward(x, weight, bias, axis=axis, eps=eps, groups=groups)
     channels = channels_of(x, axis, groups, may_spread=False)
-    if channels is None or not usable():
+    if channels is None or not loops_take(x.dtype):
         return NotImplemented
     shares = shares_of(mask, x.shape, axis, channels.order, groups)
     if shares is None:
         return NotImplemented
     share, total = shares
     laid, out = channels.lay(x), channels.empty(x.dtype)
-    parts = out.reshape(groups, -1)
+    parts = channels.laid(out)
     gamma, beta = one_each(weight), one_each(bias)
-    otherwise = channels.rows(1, x.dtype)[0]
+    dtype = work_dtype(x.dtype)
+    (otherwise,) = channels.rows(1, dtype)
     otherwise[: len(beta)] = beta
     found = np.empty((groups, 2, channels.channels))
     served = [False] * groups
-    loop, sizes = normalize.of(x.dtype), (channels.channels, channels.run)
+    loop, sizes = normalize.of(laid.dtype, dtype), (channels.channels, channels.run)
 
     def one(i: int) -> None:
         found[i] = _statistics(channels, laid[i], share[i])
@@ -103,14 +105,14 @@ def vjp(
     if mask is None:
         return numba_batch_norm.vjp(g, x, weight, bias, mean, var, axis, eps, groups, needs)
     channels = channels_of(x, axis, groups, may_spread=False)
-    if channels is None or g.dtype != x.dtype or not g.flags.aligned or not usable():
+    if channels is None or g.dtype != x.dtype or not g.flags.aligned or not loops_take(x.dtype):
         return NotImplemented
     shares = shares_of(mask, x.shape, axis, channels.order, groups)
     if shares is None:
         return NotImplemented
     share, _ = shares
     laid, laid_g, gx = channels.lay(x), channels.lay(g), channels.empty(x.dtype)
-    parts = gx.reshape(groups, -1)
+    parts = channels.laid(gx)
     found = of_groups(mean, var, groups)
     gamma, beta = one_each(weight), one_each(bias)
     sums: list[Any] = [None] * groups
@@ -145,7 +147,8 @@ def _statistics(channels: Channels, laid: Array, share: Array) -> Array:
     if share[sample * S + position] == 0:
         return found
     (shift,) = channels.rows(1)
-    shift[:C] = laid.reshape(-1, C, S)[sample, :, position]
+    first = laid[sample * C * S + position :]  # one that counts
+    first_values.of(laid.dtype)(first, C, S, *channels.spreading, shift)
     add = add_moments.of(laid.dtype)
     sums = channels.sums(
         lambda part, sums: add(laid[part], _part(share, part, C), shift, C, S, sums)
@@ -166,8 +169,8 @@ def _vjp_of_group(
     gx: Array | None,
 ) -> Array | None:
     """Return Σ g x̂ and Σ g of each channel, after writing gx, if it is wanted; None to decline."""
-    dtype, C, S = laid.dtype, channels.channels, channels.run
-    add, write = add_products.of(dtype), combine.of(dtype)
+    dtypes, C, S = (laid.dtype, vectors.dtype), channels.channels, channels.run
+    add, write = add_products.of(*dtypes), combine.of(*dtypes)
 
     def add_part(part: slice, sums: Array) -> None:
         add(laid_g[part], laid[part], _part(share, part, C), vectors, C, S, sums)
@@ -175,8 +178,8 @@ def _vjp_of_group(
     sums = channels.sums(add_part, rows=3)
     grads = np.empty((2, C))
     # The shares are in the loops: to the numbers per channel, a mean is a sum.
-    options = 1, NUMBERS[dtype], *channels.spreading
-    if not slopes.of(dtype)(sums, found, weight, eps, *options, vectors, grads):
+    options = 1, NUMBERS[vectors.dtype], *channels.spreading
+    if not slopes.of(vectors.dtype)(sums, found, weight, eps, *options, vectors, grads):
         return None
     if gx is not None:
 

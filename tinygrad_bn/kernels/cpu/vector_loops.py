@@ -3,7 +3,7 @@
 A handful of numbers each, but written with NumPy they are dozens of small operations, which after a
 pass over large arrays find none of Python's code in cache: for 1024 channels they took a tenth of
 batch norm's time. Everything is float64 until it is written to a row of `vectors`, whose dtype is
-that of x.
+that of x, or float32 for half precision.
 
 A row holds a number for each channel, or, where the loops take the entries of whole samples for
 channels (see `channels`), for each of these entries: C channels of `run` entries, `repeats` times.
@@ -17,16 +17,17 @@ import numpy as np
 
 from tinygrad_bn.kernels.cpu.channel_loops import CONSTANT, HIGH, LEVEL, SCALE, SLOPE
 from tinygrad_bn.kernels.cpu.compiled import compiled
+from tinygrad_bn.kernels.cpu.stored import widened
 
 Array = Any
 
 
-@compiled("T[:], int, int, int, int, out f8[:]")
+@compiled("H[:], int, int, int, int, out f8[:]")
 def first_values(x: Array, C: int, S: int, run: int, repeats: int, row: Array) -> None:
     """Set `row` to the first value of each channel; x: (N, C, S), flat."""
     for c in range(C):
         for i in range(c * run, (c + 1) * run):
-            row[i] = x[c * S]
+            row[i] = widened(x[c * S])
     _repeat(row, C * run, repeats)
 
 
