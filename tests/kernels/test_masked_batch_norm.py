@@ -171,6 +171,19 @@ def test_groups_are_batches_of_their_own(kernel, groups, data):
     assert max(errors(found, case, mask, groups).values()) < 1e-5
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_mask_may_be_the_same_for_all_samples_or_lie_in_another_order(kernel, groups):
+    x, g = np.random.default_rng(0).standard_normal((2, 4, 3, 5, 2)).astype(np.float32)
+    case = Case(x, None, None, g, (1,), 1e-5)
+    for shape in ((1, 1, 5, 1), (1, 1, 5, 2), (4, 1, 5, 1), (4, 1, 1, 2), (4, 1, 5, 2)):
+        mask = np.random.default_rng(1).integers(0, 4, shape)
+        want, _ = run(kernel, case, np.broadcast_to(mask, (4, 1, 5, 2)).copy(), groups)
+        for given_mask in (mask, np.asfortranarray(mask), mask[::-1].copy()[::-1]):
+            found, _ = run(kernel, case, given_mask, groups)
+            for name in want:
+                np.testing.assert_array_equal(found[name], want[name])
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @given(data=st.data())
 def test_residuals_are_those_of_the_generic_form(kernel, groups, data):

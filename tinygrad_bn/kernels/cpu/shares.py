@@ -22,7 +22,9 @@ def shares_of(
     do has neither mean nor variance. None where float64 cannot hold a share or the sum.
     """
     sizes = tuple(1 if i in axis else size for i, size in enumerate(shape))
-    often = np.broadcast_to(mask, sizes).transpose(order).astype(np.float64).reshape(groups, -1)
+    often = np.broadcast_to(mask, sizes).transpose(order)
+    # In C order, since the loops walk along each group; a copy would keep that of the mask.
+    often = often.astype(np.float64, order="C").reshape(groups, -1)
     counts = often > 0
     counts[counts.sum(axis=1) < 2] = False
     often[~counts] = 0
