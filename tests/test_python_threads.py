@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 
 import tinygrad_bn as tg
+from tinygrad_bn import data, nn, optim, testing
 from tinygrad_bn import functional as F
-from tinygrad_bn import nn, optim, testing
 from tinygrad_bn.backend import generator, random
 from tinygrad_bn.backend.kernels import use_kernels
 from tinygrad_bn.kernels.cpu import blas, memory, threads
@@ -317,6 +317,35 @@ def test_a_shared_switch_of_grad_mode_is_each_threads_own():
                 assert tg.is_grad_enabled() == (i % 2 == 0)
 
     at_once(switch)
+
+
+def test_threads_that_iterate_over_one_loader_get_an_epoch_each():
+    rows = np.arange(200)
+
+    class Slow(data.DataLoader):
+        """Others get in between a look at the epoch and its being counted, if they can."""
+
+        @property
+        def epoch(self):
+            now = self.now
+            time.sleep(1e-3)
+            return now
+
+        @epoch.setter
+        def epoch(self, number):
+            self.now = number
+
+    def orders(loader):
+        return {tuple(np.concatenate([b.numpy() for b in loader])) for _ in range(5)}
+
+    def together(loader):
+        return set().union(*at_once(lambda i: orders(loader)))
+
+    alone = data.DataLoader(rows, 16, shuffle=True, seed=3)
+    expected = {tuple(np.concatenate([b.numpy() for b in alone])) for _ in range(5 * THREADS)}
+    loader = Slow(rows, 16, shuffle=True, seed=3)
+    assert together(loader) == expected
+    assert loader.now == 5 * THREADS
 
 
 # --- what has to happen at one moment is staged ------------------------------------------------

@@ -3,6 +3,8 @@
 A host array that is written to before its copy was waited for therefore arrives wrong.
 """
 
+import threading
+
 import numpy as np
 
 from tests.backend import strict_array
@@ -26,6 +28,7 @@ class StrictSent:
     def __init__(self, index, host):
         self.host = host
         self.copied = False
+        self.waiting = threading.Lock()
         with strict_array.use(index):
             self.target = strict_array.StrictArray(np.full_like(host, 99))
 
@@ -35,7 +38,8 @@ class StrictSent:
         return self.target
 
     def wait(self):
-        if not self.copied:
-            self.target._data[...] = self.host
-            self.target.pending = None
-            self.copied = True
+        with self.waiting:
+            if not self.copied:
+                self.target._data[...] = self.host
+                self.target.pending = None
+                self.copied = True

@@ -4,6 +4,9 @@ Copies to the stand-in are made only when something waits for them, so memory th
 too early arrives wrong.
 """
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -64,6 +67,28 @@ def test_loaders_take_turns_and_iterators_run_side_by_side():
     for ours, theirs in pairs:
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(a.numpy(), b.numpy())
+
+
+def test_threads_take_turns_at_the_pinned_memory():
+    rows = np.arange(400_000)
+    ahead = DataLoader(rows, 4_000, device="cuda")._ahead
+
+    def sent(first):
+        arrived = []
+        for start in range(first * 100_000, (first + 1) * 100_000, 500):
+            (copy,) = ahead.send(rows[start : start + 500], 500)
+            copy.wait()
+            arrived.append(copy.target._data)
+        return np.concatenate(arrived)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(sent, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    np.testing.assert_array_equal(np.concatenate(found), rows)
 
 
 def test_batches_own_their_memory():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,19 +33,22 @@ class Ahead:
         ]
         self._sent: list[list[Any]] = [[] for _ in range(BUFFERS)]
         self._turn = 0
+        self._sending = threading.Lock()  # iterators in several threads take turns
 
     def send(self, rows: np.ndarray | slice, count: int) -> list[Any]:
         """Return copies under way of `count` rows: a permutation's, or a slice."""
-        turn = self._turn
-        self._turn = (turn + 1) % BUFFERS
-        for copy in self._sent[turn]:
-            copy.wait()
-        self._sent[turn] = []
-        for array, pinned in zip(self._arrays, self._pinned[turn], strict=True):
-            host = pinned[:count]
-            if isinstance(rows, slice):
-                host[...] = array[rows]
-            else:
-                np.take(array, rows, axis=0, out=host, mode="clip")  # "raise" would buffer `out`
-            self._sent[turn].append(self._sender.send(host))
-        return self._sent[turn]
+        with self._sending:
+            turn = self._turn
+            self._turn = (turn + 1) % BUFFERS
+            for copy in self._sent[turn]:
+                copy.wait()
+            self._sent[turn] = []
+            for array, pinned in zip(self._arrays, self._pinned[turn], strict=True):
+                host = pinned[:count]
+                if isinstance(rows, slice):
+                    host[...] = array[rows]
+                else:
+                    # "raise" would buffer `out`.
+                    np.take(array, rows, axis=0, out=host, mode="clip")
+                self._sent[turn].append(self._sender.send(host))
+            return self._sent[turn]

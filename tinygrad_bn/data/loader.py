@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -11,6 +13,19 @@ import numpy as np
 from tinygrad_bn.backend import backend_for, generator, to_numpy
 from tinygrad_bn.data.ahead import Ahead
 from tinygrad_bn.tensor import Tensor
+
+#: Held while an epoch is counted. Of the module: a loader with a lock could not be copied.
+_counting = threading.Lock()
+
+
+def _renew() -> None:
+    """Take a lock of its own in a forked child: another thread may have held that one."""
+    global _counting
+    _counting = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 Batch = Any  # a Tensor for a single array, a tuple of Tensors for a tuple or list of arrays
 
@@ -76,9 +91,12 @@ class DataLoader:
         return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Begin the next epoch. The order is drawn now, so that iterators may run side by side."""
-        order = self._order(self.epoch)
-        self.epoch += 1
+        """Begin the next epoch. The order is drawn now, so that iterators may run side by side, in
+        several threads too: each has an epoch of its own."""
+        with _counting:
+            epoch = self.epoch
+            self.epoch = epoch + 1
+        order = self._order(epoch)
         if self._ahead is not None:
             return self._batches_ahead(self._ahead, order)
         return (self._batch(order, i * self.batch_size) for i in range(len(self)))
