@@ -9,6 +9,7 @@ import weakref
 
 import numpy as np
 
+from tests.mutants.bfloat16 import as_narrow
 from tests.mutants.mutant import Mutant
 from tests.mutants.planting import replaced
 from tests.mutants.verifiers import as_op
@@ -70,6 +71,12 @@ def planting(owner, attribute, change):
 def norm(fault, owner, attribute, change):
     """Return a mutant of the Numba batch norm."""
     return Mutant(f"compiled: {fault}", F.batch_norm, planted=planting(owner, attribute, change))
+
+
+def narrow(fault, owner, attribute, change):
+    """Return a mutant of it where x is bfloat16."""
+    planted = planting(owner, attribute, change)
+    return Mutant(f"compiled, bfloat16: {fault}", F.batch_norm, as_narrow, planted)
 
 
 def op(name, fault, owner, attribute, change):
@@ -265,6 +272,19 @@ def first_share_of_the_gradients(slopes):
     return lambda sums, *args: slopes(sums[:1].copy(), *args)
 
 
+def bits_of_float16(stored):
+    """Take what bfloat16 is stored in for a float16."""
+    return lambda x: x if x.dtype.itemsize > 2 else x.view(np.int16)
+
+
+def last_bit_lost(loop):
+    def call(*args):
+        loop(*args)
+        args[-1][...] &= ~1
+
+    return call
+
+
 def without_limits():
     """Take every number for one that float32 holds."""
     every = np.array([0.0, np.inf])
@@ -304,6 +324,9 @@ NORM = [
     norm("level forgotten in dx", _K, "combine", with_row(_C.LEVEL, 0, 2)),
     norm("γ forgotten in the slopes of dx", _K, "slopes", without_weight(2)),
     norm("Σ g x̂ missing", _K, "add_products", without_sum(1)),
+    narrow("taken for float16", channels, "stored", bits_of_float16),
+    narrow("last bit of y lost", _K, "normalize", last_bit_lost),
+    narrow("last bit of dx lost", _K, "combine", last_bit_lost),
     Mutant("compiled: numbers beyond float32 rounded to it", F.batch_norm, planted=without_limits),
 ]  # fmt: skip
 
@@ -619,6 +642,7 @@ if not _HERE:
 
 RIGHT = (
     Mutant("the compiled kernels in small parts", F.batch_norm, planted=small_parts),
+    Mutant("the compiled kernels of bfloat16", F.batch_norm, as_narrow, small_parts),
     Mutant("the compiled ReLU in small parts", REGISTRY["batch_norm_relu"],
            as_op("batch_norm_relu"), small_parts),
     Mutant("the convolution block in small parts", REGISTRY["conv_block"], as_op("conv_block"),

@@ -14,7 +14,7 @@
     columns, planes         images as matrices, for products; images in chunks, for pools
     pools                   what the compiled pools serve, and sizes for their loops
     conv_block_plan         the order of pixels in a convolution block
-    halves                  float16 and bfloat16 to float32 and back
+    halves, stored          float16 and bfloat16 to float32 and back: in NumPy, in compiled loops
 
 Start with `numpy_batch_norm`, and `numba_batch_norm` beside it.
 """
