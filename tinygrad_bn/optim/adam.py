@@ -67,8 +67,10 @@ class Adam(Optimizer):
             g = g + decay * in_state_dtype(p)
         self._descend(p, g, state, options)
 
-    def _descend(self, p: Any, g: Any, state: dict[str, Any], options: Mapping[str, Any]) -> None:
-        """Update the averages in `state` from `g`, and then `p`."""
+    def _descend(
+        self, p: Any, g: Any, state: dict[str, Any], options: Mapping[str, Any], keep: Any = None
+    ) -> None:
+        """Update the averages in `state` from `g`, and then `p`, of which `keep` is kept."""
         xp = array_module(p)
         beta1, beta2 = map(float, options["betas"])
         change = self._temporary(p)
@@ -89,7 +91,7 @@ class Adam(Optimizer):
         change += float(options["eps"])
         xp.divide(mean, change, out=change)
         change *= rate
-        add_to(p, change)
+        add_to(p, change, keep)
 
     def _corrected(self, like: Any, state: dict[str, Any], options: Mapping[str, Any]) -> Any:
         """Return -lr / (1 - β₁ᵗ) and √(1 - β₂ᵗ), for arithmetic with the array `like`."""
@@ -151,8 +153,8 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay)
 
     def _update(self, p: Any, g: Any, state: dict[str, Any], options: Mapping[str, Any]) -> None:
-        p *= self._decay(p, options)[0]
-        self._descend(p, in_state_dtype(g), state, options)
+        g = in_state_dtype(g)
+        self._descend(p, g, state, options, self._decay(g, options)[0])
 
     def _decay(self, like: Any, options: Mapping[str, Any]) -> tuple[Any, float]:
         decay = float(options["weight_decay"])

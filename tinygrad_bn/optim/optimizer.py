@@ -381,9 +381,18 @@ def in_state_dtype(g: Any) -> Any:
     return g if g.dtype == dtype else g.astype(dtype)
 
 
-def add_to(p: Any, change: Any) -> None:
-    """Add `change`, rounded to the dtype of `p`, in place."""
-    p += change if change.dtype == p.dtype else change.astype(p.dtype)
+def add_to(p: Any, change: Any, keep: Any = None) -> None:
+    """Add `change`, of the dtype of state, to `p`, of which `keep` is kept (None: all), in place.
+
+    Half precision is rounded once, at the end: the decay alone, or the change, would often be less
+    than half a unit of `p`, and lost where their sum is not.
+    """
+    wide = in_state_dtype(p)
+    if keep is not None:
+        wide *= keep
+    wide += change
+    if wide is not p:
+        p[...] = wide
 
 
 def _state_dtype(p: Any) -> Any:
