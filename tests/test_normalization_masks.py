@@ -90,6 +90,16 @@ def test_a_nan_that_does_not_count_leaks_nowhere(seed):
         assert (values[0] == values[2]).all() and (values[1] == values[2]).all()
 
 
+@pytest.mark.parametrize("family", ["generic", "numpy", "numba"])
+@pytest.mark.parametrize("rows", [6, 6000])
+def test_a_weight_that_overflowed_does_not_reach_what_does_not_count(family, rows):
+    x, weight, bias = draw((rows, 3)), np.array([np.inf, 1.0, -np.inf]), np.arange(3.0)
+    off = np.arange(rows) % 3 == 0
+    with use_kernels(family), np.errstate(invalid="ignore"):
+        y = F.batch_norm(x, weight=weight, bias=bias, training=True, mask=~off[:, None])
+    assert (y[off] == bias).all()
+
+
 @pytest.mark.parametrize("counting", [0, 1])
 def test_too_few_values_give_bias_no_gradient_and_leave_the_statistics(counting):
     x = tg.Tensor(draw((4, 3)), requires_grad=True)

@@ -132,9 +132,10 @@ def normalize(
     Where a value of `sample` does not count, x̂ is 0 and y is bias.
     """
     x_hat = (x - mean) * (1 / sqrt(var + eps))
-    x_hat = x_hat if sample is None else sample.only(x_hat)
     if weight is not None:
         x_hat = x_hat * along(weight, x.shape, axis)
+    if sample is not None:
+        x_hat = sample.only(x_hat)  # after the weight, whose infinity would make NaN of 0
     return x_hat if bias is None else x_hat + along(bias, x.shape, axis)
 
 
