@@ -245,6 +245,12 @@ def test_renorm_refuses_limits_that_exclude_batch_norm():
         F.batch_renorm(draw((4, 3)), np.zeros(3), np.ones(3), training=True, r_max=0.5)
 
 
+@pytest.mark.parametrize("running", [(None, None), (np.zeros(3), None), (None, np.ones(3))])
+def test_renorm_in_training_asks_for_running_statistics(running):
+    with pytest.raises(ValueError, match="running_mean or running_var is None, expected both"):
+        F.batch_renorm(draw((4, 3)), *running, training=True)
+
+
 # --- ReLU ------------------------------------------------------------------------------------
 
 

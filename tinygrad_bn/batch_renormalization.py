@@ -40,7 +40,7 @@ def batch_renorm(
     limited to [-d_max, d_max] (σ = √(var + eps)) are constants for the gradient: unlimited,
     training computes what evaluation does. Raise the limits from (1, 0), which is `batch_norm`, as
     training goes on. The rest as in `batch_norm`, and its errors; r_max below 1 and d_max below 0
-    raise ValueError too.
+    raise ValueError too, as does training without running statistics.
 
     Source: Ioffe, "Batch Renormalization", 2017 (arXiv:1702.03275), Algorithm 1.
 
@@ -55,6 +55,11 @@ def batch_renorm(
     if not (r_max >= 1 and d_max >= 0):
         raise ValueError(
             f"batch_renorm: r_max is {r_max} and d_max {d_max}, expected r_max >= 1 and d_max >= 0"
+        )
+    if running_mean is None or running_var is None:
+        raise ValueError(
+            "batch_renorm: running_mean or running_var is None, expected both in training, which "
+            "corrects towards them; give what they start from, for example zeros and ones"
         )
     eps, momentum = checked_numbers("batch_renorm", eps, momentum, correction)
     check_state("batch_renorm", {"running_mean": running_mean, "running_var": running_var})
