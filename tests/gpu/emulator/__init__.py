@@ -15,6 +15,7 @@ kernels that it writes are its own. What lies below is written anew, for the hos
 | `nvrtc.cpp`, `prelude.h` | NVRTC: g++ compiles kernels behind CUDA's headers and our shim |
 | `cublas.cpp` | the products of cuBLAS, as loops |
 | `build.py` | the installation of all that, in a virtual environment of its own |
+| `plain/` | CUDA's header where there is none: `tests/backend/test_emulated_runtime.py` |
 
 One module of CuPy has NVIDIA's runtime linked into it (`cupy_backends.cuda.api.runtime`); it is
 built again from CuPy's source. The others reach the runtime through it.
