@@ -5,6 +5,7 @@ the table of conventions.
 """
 
 import contextlib
+import re
 from functools import partial
 
 from tests.mutants.mutant import Mutant
@@ -14,6 +15,7 @@ from tinygrad_bn import functional as F
 from tinygrad_bn import nn
 from tinygrad_bn.nn.conventions import CONVENTIONS, convention_named
 from tinygrad_bn.nn.per_channel import PerChannel, ignore
+from tinygrad_bn.normalization import plain
 
 
 def convention(name, **changes):
@@ -122,7 +124,7 @@ def through_float16(self, found):
 
 def by_the_batch(self, x, mask=None):
     self._check(x)
-    return self._by_the_batch(x, mask)[0]
+    return self._by_the_batch(x, mask, plain)[0]
 
 
 def by_the_running(self, x):
@@ -156,10 +158,10 @@ def evaluating_in_groups(self, x, mask=None):
     return nn.BatchNorm.forward(self, x, mask)
 
 
-def without_groups(self, x, mask):
+def without_groups(self, x, mask, finish):
     groups, self.groups = self.groups, 1
     try:
-        return nn.BatchNorm._by_the_batch(self, x, mask)
+        return nn.BatchNorm._by_the_batch(self, x, mask, finish)
     finally:
         self.groups = groups
 
@@ -183,15 +185,19 @@ def running_before_the_check(self, x):
     nn.BatchNorm._check(self, x)
 
 
-def without_vector(self, x, mask, name):
-    kept = getattr(self, name)
-    if kept is None:
-        return nn.BatchNorm._by_the_batch(self, x, mask)
-    vars(self)[name] = None
-    try:
-        return nn.BatchNorm._by_the_batch(self, x, mask)
-    finally:
-        vars(self)[name] = kept
+def without(name, other):
+    """Return a `_by_the_batch` that leaves a vector out where there is no other one."""
+
+    def _by_the_batch(self, x, mask, finish):
+        kept = getattr(self, name)
+        if getattr(self, other) is None:
+            vars(self)[name] = None
+        try:
+            return nn.BatchNorm._by_the_batch(self, x, mask, finish)
+        finally:
+            vars(self)[name] = kept
+
+    return _by_the_batch
 
 
 # --- recomputing and freezing --------------------------------------------------------------------
@@ -367,6 +373,18 @@ def never_sink(self):
     return contextlib.nullcontext()
 
 
+def saying(pattern, words=""):
+    """Return an `extra_repr` in which what fits `pattern` is replaced."""
+    return lambda self: re.sub(pattern, words, nn.BatchNorm.extra_repr(self))
+
+
+def in_words_of_pytorch(self):
+    try:
+        nn.BatchNorm._check_momentum(self)
+    except ValueError as error:
+        raise ValueError(str(error).replace("old value", "new value")) from None
+
+
 CONVENTION = [
     convention("torch", weights_new=False),
     convention("keras", weights_new=True),
@@ -447,7 +465,7 @@ COUNTING = [
 MODES = [
     layer("freeze: training moves the statistics all the same", forward=after(
         "forward", lambda self, x, mask=None: (
-            self._move(self._by_the_batch(x, mask)[1])
+            self._move(self._by_the_batch(x, mask, plain)[1])
             if self.frozen and self.training and x.size and x.shape[0] > 2 else None))),
     layer("freeze: training normalizes by the batch", forward=frozen_by_the_batch),
     layer("freeze: undone by train()", train=train),
@@ -462,8 +480,8 @@ MODES = [
     layer("without statistics: evaluation by start values", __init__=with_statistics),
     layer("groups: ignored by the layer", _by_the_batch=without_groups),
     layer("groups: in evaluation too", forward=evaluating_in_groups),
-    layer("mask: ignored by the layer", _by_the_batch=lambda self, x, mask: (
-        nn.BatchNorm._by_the_batch(self, x, None))),
+    layer("mask: ignored by the layer", _by_the_batch=lambda self, x, mask, finish: (
+        nn.BatchNorm._by_the_batch(self, x, None, finish))),
     layer("mask: in evaluation too", forward=masked_evaluation),
     layer("evaluation: by the batch", forward=lambda self, x, mask=None: (
         nn.BatchNorm.forward(self, x, mask) if self.training else by_the_batch(self, x, mask))),
@@ -476,12 +494,8 @@ MODES = [
 
 PARTS = [
     layer("scale and center: all or nothing", __init__=all_or_nothing),
-    layer("scale alone: weight not applied", _by_the_batch=lambda self, x, mask: (
-        nn.BatchNorm._by_the_batch(self, x, mask) if self.center else
-        without_vector(self, x, mask, "weight"))),
-    layer("center alone: bias not applied", _by_the_batch=lambda self, x, mask: (
-        nn.BatchNorm._by_the_batch(self, x, mask) if self.scale else
-        without_vector(self, x, mask, "bias"))),
+    layer("scale alone: weight not applied", _by_the_batch=without("weight", other="bias")),
+    layer("center alone: bias not applied", _by_the_batch=without("bias", other="weight")),
     layer("lazy: weight starts at 0", _set_channels=sizes_from({"weight": 0.0})),
     layer("lazy: running variance starts at 0", _set_channels=sizes_from({"running_var": 0.0})),
     layer("lazy: channels read off axis 1 always", _check=on_axis_one),
@@ -498,5 +512,22 @@ PARTS = [
     layer("deepcopy: shares everything", __deepcopy__=shared),
 ]  # fmt: skip
 
+WORDS = [
+    layer("repr: momentum without words", extra_repr=saying(r" \(weight[^)]*\)")),
+    layer("repr: momentum said to weight the new value always", extra_repr=saying(
+        "old value", "new value")),
+    layer("repr: momentum said to weight the old value always", extra_repr=saying(
+        "new value", "old value")),
+    layer("repr: a number for the average of all batches", extra_repr=saying(
+        "None .average of all batches", "0.1 (weight of the new value")),
+    layer("repr: biased variance not said", extra_repr=saying(r", correction=0.*")),
+    layer("repr: frozen not said", extra_repr=saying(", frozen=True")),
+    layer("repr: frozen said of layers that are not", extra_repr=lambda self: (
+        nn.BatchNorm.extra_repr(self) + ", frozen=True" * (not self.frozen))),
+    layer("error: momentum above 1 accepted", _check_momentum=lambda self: None),
+    layer("error: momentum said to weight the new value always", _check_momentum=(
+        in_words_of_pytorch)),
+]  # fmt: skip
 
-LAYERS = [*CONVENTION, *COUNTING, *MODES, *PARTS]
+
+LAYERS = [*CONVENTION, *COUNTING, *MODES, *PARTS, *WORDS]

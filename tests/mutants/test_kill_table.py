@@ -6,7 +6,10 @@ Five seeds, and the table, are the business of `make mutants`; 10,000 examples o
 import pytest
 
 from tests.mutants.controls import CONTROLS
+from tests.mutants.mutant import Mutant
 from tests.mutants.verdicts import EXAMPLES, FAMILIES, verdict
+from tinygrad_bn import testing
+from tinygrad_bn.functional import batch_norm
 
 SEED = 0
 
@@ -28,6 +31,14 @@ def test_mutant_is_killed(mutant):
     found = verdict(mutant, SEED)
     assert found.check, f"{mutant} survived {EXAMPLES} examples"
     assert found.examples <= EXAMPLES
+
+
+def test_a_mutant_that_does_not_run_is_not_taken_for_one_that_is_found_out():
+    def stale(*args, **options):
+        return batch_norm(*args, **options, renamed=True)
+
+    with pytest.raises(testing.GradCheckError, match="TypeError"):
+        verdict(Mutant("called by other arguments than it takes", stale), SEED)
 
 
 @pytest.mark.parametrize("right", CONTROLS, ids=str)

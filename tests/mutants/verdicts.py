@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -59,8 +60,20 @@ def verdict(mutant: Mutant, seed: int, max_examples: int = EXAMPLES) -> Verdict:
         with mutant.planted():
             mutant.verify(mutant.candidate, max_examples, seed)
     except testing.GradCheckError as error:
+        if _does_not_run(error):
+            raise
         check, examples = error.check or "", error.examples or 0
     return Verdict(mutant.name, seed, check, examples, time.perf_counter() - start)
+
+
+def _does_not_run(error: BaseException | None) -> bool:
+    """Return whether a mutant failed because it is called by arguments that it does not take, as
+    when what it replaces has changed: not for its fault."""
+    while error is not None:
+        if isinstance(error, TypeError) and re.search(r"\bpositional arg|\bkeyword", str(error)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def false_alarms(seeds: Iterable[int]) -> list[Verdict]:

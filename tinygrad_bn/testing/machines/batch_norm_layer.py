@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,8 +53,8 @@ class BatchNormLayerMachine(RuleBasedStateMachine):
     known or to be found out; with or without weight, bias, statistics; with ghost batches. It sees
     batches in both modes, of all dtypes, masked, empty, too small or of a wrong size, and again
     while `recomputing`; it is frozen, converted, cast, reset, copied, saved and loaded. Output,
-    gradients of any pending pass and state must be those of the formula in longdouble, and a call
-    that raises must leave no trace.
+    gradients of any pending pass and state must be those of the formula in longdouble, a call that
+    raises must leave no trace, and what repr and errors say of momentum must be what it does.
 
     make_layer: makes the layer under test, from the arguments of `nn.BatchNorm`.
 
@@ -111,6 +112,7 @@ class BatchNormLayerMachine(RuleBasedStateMachine):
             self.options["dtype"] = dtype
         self.sized = one_of(True, True, False)
         self.layer = self.make_layer(self.channels if self.sized else None, **self.options)
+        self._wrong_momentum_is_refused(convention)
         names = ["weight"] * affine.get("scale", affine.get("affine", True))
         names += ["bias"] * affine.get("center", affine.get("affine", True))
         names += _RUNNING if self.tracked else ()
@@ -122,10 +124,21 @@ class BatchNormLayerMachine(RuleBasedStateMachine):
         self.waiting: list[_Waiting] = []
         self.saved: Any = None
         self.left: Any = None
+        self.layer_has_the_state_of_the_model()
         if self.sized and one_of(False, True, True):
             self.update_parameters(seed)
         if one_of(False, True, True):
             self.train(seed)
+
+    def _wrong_momentum_is_refused(self, convention: str) -> None:
+        words = f"weight of the {'new' if self.weights_new else 'old'} value"
+        try:
+            self.make_layer(self.channels, convention=convention, momentum=1.5)
+        except ValueError as error:
+            if words in str(error):
+                return
+            raise GradCheckError(f"the error about momentum does not say {words!r}") from error
+        raise GradCheckError("a momentum of 1.5 was accepted")
 
     @rule(seed=seeds())
     def another_layer(self, seed: int) -> None:
@@ -403,6 +416,7 @@ class BatchNormLayerMachine(RuleBasedStateMachine):
             raise GradCheckError(f"num_batches_tracked is {counter}, expected {self.count}")
         if layer.training != self.training:
             raise GradCheckError(f"training is {layer.training}, expected {self.training}")
+        self._text_says_what_is_done()
         for name, parameter in layer.named_parameters():
             if parameter.requires_grad == self.fixed:
                 raise GradCheckError(f"{name}.requires_grad is {parameter.requires_grad}")
@@ -411,6 +425,23 @@ class BatchNormLayerMachine(RuleBasedStateMachine):
             for name, value in _values(original).items():
                 if value.tobytes() != before[name].tobytes():
                     raise GradCheckError(f"using a deepcopy changed {name!r} of the original")
+
+    def _text_says_what_is_done(self) -> None:
+        text, w = repr(self.layer), self.weight_of_new
+        said = re.search(r"momentum=(\S+) \((weight of the new|weight of the old|average)", text)
+        if said is None:
+            right = False
+        elif w is None or said[2] == "average":
+            right = w is None and said[2] == "average"
+        else:
+            new = float(said[1]) if said[2].endswith("new") else 1 - float(said[1])
+            right = abs(new - w) < 1e-9
+        right = right and ("running_var is biased" in text) == (self.correction == 0)
+        if not right or ("frozen=True" in text) != self.frozen:
+            raise GradCheckError(
+                f"repr is {text}, for weight of the new value {w}, correction {self.correction}, "
+                f"frozen {self.frozen}"
+            )
 
     def _require(self, name: str, found: np.ndarray) -> None:
         """Raise GradCheckError unless a parameter or statistic is what it must be."""
