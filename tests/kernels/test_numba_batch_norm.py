@@ -82,8 +82,10 @@ def test_arrays_that_are_not_dense_are_served_too(layout, case):
     np.testing.assert_array_equal(g, kept[1])
 
 
-@given(case=cases(dtype=np.float64, max_offset=10.0))
-def test_residuals_are_those_of_the_generic_form(case):
+@DTYPES
+@given(data=st.data())
+def test_residuals_are_those_of_the_generic_form(dtype, data):
+    case = data.draw(cases(dtype=dtype, max_offset=10.0))
     with use_kernels("generic"):
         _, expected = batch_norm.call_with_residuals(case.x, axis=case.axis, eps=case.eps)
     _, found = run(case.x, case.g, case)

@@ -231,6 +231,32 @@ def gradients_of_halves(combine):
     return call
 
 
+def another_eighth_twice(add):
+    """Take the seventh eighth for the last one too, where channels are neighbours."""
+
+    def call(x, shift, C, S, total):
+        eighth = len(x) // (8 * C) * C
+        wrong = x.copy()
+        if S == 1:
+            wrong[7 * eighth : 8 * eighth] = wrong[6 * eighth : 7 * eighth]
+        add(wrong, shift, C, S, total)
+
+    return call
+
+
+def halves_swapped(loop):
+    """Write each half where the other belongs, where channels are neighbours."""
+
+    def call(*args):
+        loop(*args)
+        *_, C, S, _, out = args
+        halves = out[: len(out) // (2 * C) * 2 * C]
+        if S == 1:
+            halves[:] = np.roll(halves, len(halves) // 2)
+
+    return call
+
+
 def moments_in_float32(add):
     def call(x, shift, C, S, total):
         add(x, shift, C, S, total)
@@ -310,6 +336,9 @@ NORM = [
     norm("offset from the shift left in the variance", _K, "moments", offset_forgotten),
     norm("variance by m - 1", _K, "moments", unbiased),
     norm("statistics of full eighths alone", _K, "add_moments", moments_of_eighths),
+    norm("an eighth twice in the statistics, for another", _K, "add_moments", another_eighth_twice),
+    norm("halves of y swapped", _K, "normalize", halves_swapped),
+    norm("halves of dx swapped", _K, "combine", halves_swapped),
     norm("backward sums of full halves alone", _K, "add_products", products_of_halves),
     norm("y of full halves alone", _K, "normalize", values_of_halves),
     norm("dx of full halves alone", _K, "combine", gradients_of_halves),

@@ -225,8 +225,7 @@ def combine(g: Array, x: Array, vectors: Array, C: int, S: int, relu: bool, gx: 
                     gx[i : i + S],
                 )  # fmt: skip
     else:
-        high, scale, constant = vectors[HIGH], vectors[SCALE], vectors[CONSTANT]
-        numbers = high, scale, constant, vectors[SLOPE], vectors[LEVEL]
+        numbers = vectors[HIGH], vectors[SCALE], vectors[CONSTANT], vectors[SLOPE], vectors[LEVEL]
         (g_halves, g_rest), (x_halves, x_rest) = _parted(g, 2, C), _parted(x, 2, C)
         gx_halves, gx_rest = _parted(gx, 2, C)
         _combine_halves(g_halves, x_halves, *numbers, relu, gx_halves)

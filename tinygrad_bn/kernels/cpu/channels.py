@@ -96,7 +96,7 @@ class Channels:
         return _zeros((count, self.columns), dtype)
 
     def parts(self) -> list[slice]:
-        """Return the shares of a laid group, whole rows but for the end.
+        """Return the shares of a laid group: whole rows, but for the end of the last.
 
         They depend on the number of threads alone, and so does the order of every sum.
         """
@@ -111,7 +111,7 @@ class Channels:
         threads.parallel(lambda i: work(parts[i]), len(parts))
 
     def sums(self, add: Callable[[slice, Array], Any], rows: int = 2) -> Array:
-        """Return the `rows` rows `sums` to which `add(part, sums)` adds, for each share:
+        """Return what `add(part, sums)` adds to `rows` rows of zeros, for each share:
         (shares, rows, entries)."""
         parts = self.parts()
         sums = _zeros((len(parts), rows, self.columns), np.float64)
@@ -141,7 +141,8 @@ def _order_of_a_copy(ndim: int, axis: Axes) -> Axes:
 def _repeats(period: int) -> int:
     """Return how many samples of `period` entries make a row.
 
-    Of rows up to twice `SHORTEST_ROW`, the one with the smallest part beyond whole vectors.
+    It takes `fewest` for `SHORTEST_ROW` entries. Of these, and rows of less than twice as many, the
+    one with the smallest part beyond whole vectors.
     """
     fewest = -(-SHORTEST_ROW // period)
     return min(range(fewest, 2 * fewest), key=lambda n: n * period % VECTOR / (n * period))
@@ -155,6 +156,6 @@ def _zeros(shape: Axes, dtype: Any) -> Array:
     *rows, columns = shape
     dtype = np.dtype(dtype)
     width = -(-(columns + PADDING) * dtype.itemsize // LINE) * LINE
-    memory = np.zeros(math.prod(rows) * width + LINE, np.uint8)
-    start = -memory.__array_interface__["data"][0] % LINE
-    return np.ndarray((*rows, width // dtype.itemsize), dtype, memory, start)
+    block = np.zeros(math.prod(rows) * width + LINE, np.uint8)
+    start = -block.__array_interface__["data"][0] % LINE
+    return np.ndarray((*rows, width // dtype.itemsize), dtype, block, start)
