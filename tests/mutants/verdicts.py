@@ -17,6 +17,7 @@ from tests.mutants.controls import CONTROLS
 from tests.mutants.folding import FOLDING
 from tests.mutants.layers import LAYERS
 from tests.mutants.mutant import Mutant
+from tests.mutants.orders import ORDERED
 from tests.mutants.population import POPULATION
 from tests.mutants.saving import SAVING
 from tests.mutants.several_axes import SEVERAL_AXES
@@ -30,6 +31,7 @@ FAMILIES: dict[str, Sequence[Mutant]] = {
     "batch norm": batch_norm.MUTANTS,
     "masks and ghost batches": SAMPLES,
     "several axes": SEVERAL_AXES,
+    "higher orders": ORDERED,
     "bfloat16": BFLOAT16,
     "Batch Renorm": RENORM,
     "layers": LAYERS,
