@@ -319,6 +319,8 @@ def update_running(running: Any, value: Any, momentum: Any, counted: Any = True)
     # In the wide dtype, and not as running + momentum · (value - running): from 1, a variance of
     # 1e-20 would come out as 0, also where momentum is 1.
     before = data.astype(accumulation_dtype(data.dtype))
+    if hasattr(momentum, "astype"):
+        momentum = momentum.astype(before.dtype)  # 1 - momentum is not to be rounded to float32
     moved = (1 - momentum) * before + momentum * value.reshape(data.shape)
     write_within_range(running, moved)
 
