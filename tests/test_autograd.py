@@ -269,3 +269,12 @@ def test_two_threads_run_backward_at_once_on_separate_graphs():
     finally:
         sys.setswitchinterval(interval)
     assert wrong == []
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [("float16", 5_000), ("float32", 2**17)])
+def test_gradients_of_many_rows_are_added_up_without_losing_digits(dtype, rows):
+    # Added up one by one, float16 ones stop at 2048, and float32 is off by 1e-5.
+    g = np.random.default_rng(0).uniform(0.5, 1.5, (rows, 2)).astype(dtype)
+    bias = tg.Tensor(np.zeros(2, dtype), requires_grad=True)
+    (tg.Tensor(g) + bias).backward(tg.Tensor(g))
+    np.testing.assert_array_equal(bias.grad, g.sum(axis=0, dtype=np.float64).astype(dtype))

@@ -30,6 +30,7 @@ from tinygrad_bn.backend import (
     is_view,
     placed,
     several_devices,
+    sum_dtype,
 )
 from tinygrad_bn.backend.recording import watching
 from tinygrad_bn.grad_mode import enable_grad, no_grad
@@ -260,6 +261,11 @@ def _is_broadcast(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     )
 
 
+#: Fewer numbers than this are added up one by one in float32, in a half or a quarter of float64's
+#: time. They lose a millionth of Σ|g|, as a rule; ten million would lose several percent.
+FEW = 1024
+
+
 def sum_to_shape(g: Any, shape: tuple[int, ...]) -> Any:
     """Return `g` (array or Tensor) summed over the axes along which `shape` was broadcast to it.
 
@@ -271,7 +277,10 @@ def sum_to_shape(g: Any, shape: tuple[int, ...]) -> Any:
     axes = tuple(range(extra)) + tuple(
         i for i, size in enumerate(shape, extra) if size == 1 and g.shape[i] != 1
     )
-    if axes:
+    if axes and is_array(g):
+        total = g.sum(axis=axes, keepdims=True, dtype=sum_dtype(g, axes, FEW))
+        g = total.astype(g.dtype, copy=False)
+    elif axes:
         g = g.sum(axis=axes, keepdims=True)
     return g.reshape(shape)
 

@@ -38,6 +38,7 @@ from tinygrad_bn.backend.dtypes import (
     is_floating,
     largest,
     machine_epsilon,
+    sum_dtype,
 )
 from tinygrad_bn.backend.placement import cast, copied, placed, several_devices
 from tinygrad_bn.backend.random import generator, manual_seed
@@ -82,6 +83,7 @@ __all__ = [
     "same_memory",
     "saving",
     "several_devices",
+    "sum_dtype",
     "to_device",
     "to_numpy",
     "without_lists",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -49,6 +50,22 @@ def is_floating(dtype: np.dtype) -> bool:
 def accumulation_dtype(dtype: np.dtype) -> np.dtype:
     """Return the dtype in which sums over `dtype` are kept: at least float64."""
     return np.result_type(dtype, np.float64) if dtype.name != "bfloat16" else float64
+
+
+def sum_dtype(x: Any, axes: tuple[int, ...], few: int = 128) -> np.dtype | None:
+    """Return the dtype in which to add up `x`, an array, over `axes`: float64 where its own would
+    lose digits or overflow, and None where its own will do.
+
+    few: fewer numbers than this may be added up one by one in float32.
+
+    NumPy adds one by one unless the last axis is reduced: float32 ones of shape (20_000_000, 2)
+    would add up to 16_777_216, and float16 ones to 2048. Half precision ends at 65_504, which a sum
+    passes long before its mean does.
+    """
+    in_pairs = x.ndim - 1 in axes or math.prod(x.shape[a] for a in axes) < few
+    if not is_floating(x.dtype) or (in_pairs and x.dtype.itemsize >= 4):
+        return None
+    return accumulation_dtype(x.dtype)
 
 
 def machine_epsilon(dtype: np.dtype) -> float:

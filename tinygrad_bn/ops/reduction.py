@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tinygrad_bn.backend import accumulation_dtype, array_module, is_floating
+from tinygrad_bn.backend import accumulation_dtype, array_module, is_floating, sum_dtype
 from tinygrad_bn.domain import Domain, Real, case
 from tinygrad_bn.op import op
 from tinygrad_bn.ops.shape import broadcast_to
@@ -52,17 +52,8 @@ def _expanded(reduced: Any, shape: Sequence[int], axis: Axis) -> Any:
 
 
 def _total(x: Any, axis: Axis, keepdims: bool) -> Any:
-    """Return the sum of x, in float64 where x's own dtype would lose digits or overflow.
-
-    NumPy adds one by one unless the last axis is reduced: float32 ones of shape (20_000_000, 2)
-    would add up to 16_777_216. Half precision ends at 65_504, which a sum passes long before its
-    mean does.
-    """
-    axes = reduced_axes(axis, x.ndim)
-    in_pairs = x.ndim - 1 in axes or count(x.shape, axes) < 128
-    if not is_floating(x.dtype) or (in_pairs and x.dtype.itemsize >= 4):
-        return x.sum(axis=axis, keepdims=keepdims)
-    return x.sum(axis=axis, keepdims=keepdims, dtype=accumulation_dtype(x.dtype))
+    """Return the sum of x, in float64 where x's own dtype would lose digits or overflow."""
+    return x.sum(axis=axis, keepdims=keepdims, dtype=sum_dtype(x, reduced_axes(axis, x.ndim)))
 
 
 def _divided(x: Any, n: float, dtype: Any) -> Any:
