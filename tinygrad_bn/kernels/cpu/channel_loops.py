@@ -13,8 +13,8 @@ to its end, as memory is read fastest; down neighbouring rows it would be read i
 leave over goes row by row, of which the last may be a part of one.
 
 Vectors, and rows of sums, may be longer than C. Sums are kept in float64, also those of float32:
-beside reading the memory, widening costs nothing. Half precision is computed in float32; see
-`stored`.
+beside reading the memory, widening costs nothing. Half precision is computed in float32: in the
+signatures, H is how an entry is stored (see `stored`) and T the dtype of the numbers beside it.
 """
 
 from __future__ import annotations
